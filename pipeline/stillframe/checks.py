@@ -1,0 +1,100 @@
+"""What an array must be before any number is computed from it, and what to say when it is not."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_UNORDERED = "cannot be registered: only integer, boolean and real floating pixels can be compared"
+
+
+def require_real(dtype: np.dtype[Any], what: str) -> None:
+    """Raise ``TypeError`` unless pixels of this dtype can be correlated."""
+    if dtype.kind not in "biuf":
+        raise TypeError(f"{what} has dtype {dtype}, which {_UNORDERED}. Store counts or real intensities instead.")
+
+
+def native(array: npt.ArrayLike, what: str, ndim: int) -> npt.NDArray[Any]:
+    """Return the array C-contiguous in the machine's byte order, checked for dtype and dimensions.
+
+    Parameters
+    ----------
+    array : array_like
+        Pixels of any width and byte order; never written to.
+    what : str
+        How to call it in an error.
+    ndim : int
+        2 for an image (y, x), 3 for a stack (frame, y, x).
+
+    Raises
+    ------
+    TypeError
+        The dtype is complex, object or another that has no order.
+    ValueError
+        The number of dimensions differs, or the array is empty.
+    """
+    values = np.asarray(array)
+    require_real(values.dtype, what)
+    axes = {2: "(y, x)", 3: "(frame, y, x)"}[ndim]
+    if values.ndim != ndim:
+        raise ValueError(f"{what} has shape {values.shape}, but {axes} is needed. Select or add an axis.")
+    if 0 in values.shape[-2:]:
+        raise ValueError(f"{what} has shape {values.shape}: there is no pixel in it. Give frames of {axes}.")
+    return _as_supported(values)
+
+
+def _as_supported(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Native byte order and C order; half floats and booleans widened, as numba has neither."""
+    dtype = values.dtype.newbyteorder("=")
+    if dtype.kind == "b":
+        dtype = np.dtype(np.uint8)
+    if dtype.kind == "f" and dtype.itemsize not in (4, 8):
+        dtype = np.dtype(np.float32 if dtype.itemsize < 4 else np.float64)
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+def as_mask(mask: npt.ArrayLike | None, shape: tuple[int, ...], what: str = "the mask") -> npt.NDArray[np.bool_]:
+    """Return a boolean mask (y, x), True = valid, checked against the image it belongs to.
+
+    Parameters
+    ----------
+    mask : array_like or None
+        Booleans, or numbers of which exactly two values occur, one of them 0 (0/1, 0/255);
+        None means that every pixel is valid.
+    shape : tuple of int
+        (y, x) of the image.
+    what : str
+        How to call the mask in an error.
+
+    Raises
+    ------
+    ValueError
+        Another shape, nothing valid, or not boolean-like.
+    """
+    if mask is None:
+        return np.ones(shape, dtype=np.bool_)
+    valid = boolean(np.asarray(mask), what)
+    if valid.shape != tuple(shape):
+        raise ValueError(
+            f"{what} has shape {valid.shape} but the frames have {tuple(shape)}: a mask belongs to one detector, "
+            "pixel by pixel. Crop, bin or transpose it as the frames were."
+        )
+    if not valid.any():
+        raise ValueError(f"{what} is False everywhere: no pixel is left to compare. True means valid; invert it?")
+    return valid
+
+
+def boolean(values: npt.NDArray[Any], what: str) -> npt.NDArray[np.bool_]:
+    """Read booleans, 0/1 or 0/255 as booleans; refuse anything that looks like an image."""
+    if values.dtype.kind == "b":
+        return np.ascontiguousarray(values)
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"{what} has dtype {values.dtype}, not booleans. Save it as bool, 0/1 or 0/255.")
+    levels = np.unique(values[values != 0])
+    if levels.size > 1 or not np.isfinite(levels).all():
+        shown = ", ".join(f"{level:g}" for level in levels[:4])
+        raise ValueError(
+            f"{what} holds {levels.size} different values besides 0 ({shown}…), so it is not a mask. "
+            "Save it as bool, 0/1 or 0/255, True or non-zero meaning valid."
+        )
+    return np.ascontiguousarray(values != 0)

@@ -1,0 +1,128 @@
+"""The command line: run, status, simulate, demo."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Keep still what should be still: masked registration of stacks of detector frames.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+EXIT_PROBLEMS, EXIT_INTERRUPTED = 1, 130
+
+
+def main() -> None:
+    """Run the command line; errors that have words are shown as words."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("Stopped. What is finished is kept: give the same command again to go on.")
+        sys.exit(EXIT_INTERRUPTED)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        err.print(f"Error: {error}", markup=False)
+        sys.exit(2)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    """Let a batch system's SIGTERM end a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@app.command()
+def run(
+    frames: Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="TOML file of settings; flags go before it.")] = None,
+    reference: Annotated[str | None, typer.Option(help='Frames to average ("0:16", "100"), or a file.')] = None,
+    max_shift: Annotated[int | None, typer.Option(help="Largest shift looked for, pixels.")] = None,
+    overlap_ratio: Annotated[float | None, typer.Option(help="Least overlap, part of the largest.")] = None,
+    saturation: Annotated[float | None, typer.Option(help="Pixel value at which the detector saturates.")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="nearest, linear, cubic or lanczos.")] = None,
+    fill: Annotated[float | None, typer.Option(help="Value of pixels nothing was observed for.")] = None,
+    missing_chunks: Annotated[str | None, typer.Option(help="report, or fill as Zarr does.")] = None,
+    unit_frames: Annotated[int | None, typer.Option(help="Frames of a unit (an output shard).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes; 0: work in this one.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address or file of a running dask scheduler.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory per worker, GiB.")] = None,
+) -> None:
+    """Register and align frames; give the same command again to go on after any stop."""
+    flags = _given({name: value for name, value in locals().items() if name != "settings"})
+    from stillframe.batch import run as run_batch
+    from stillframe.settings import make_settings, read_toml
+
+    result = run_batch(make_settings((read_toml(settings) if settings else {}) | flags))
+    _tell(result)
+    if result.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _tell(result: Any) -> None:
+    out.print(f"{result.frames} frames, {result.good} with a shift and no flag.")
+    out.print(f"shifts   {result.shifts}")
+    out.print(f"aligned  {result.aligned}")
+    out.print(f"picture  {result.folder / 'shifts.png'}")
+    if result.problems:
+        err.print(
+            f"{len(result.problems)} problems; the frames concerned are flagged. Mend them and give the same command."
+        )
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Tell how far a run is, from any shell, at any moment."""
+    from stillframe.progress import print_status
+
+    if not print_status(folder, out):
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Where frames.zarr and mask.npy go.")],
+    frames: Annotated[int, typer.Option(min=1, help="Number of frames.")] = 200,
+    height: Annotated[int, typer.Option(min=16, help="Pixels along y.")] = 512,
+    width: Annotated[int, typer.Option(min=16, help="Pixels along x.")] = 512,
+    pattern: Annotated[str, typer.Option(help="rings or spots.")] = "rings",
+    dose: Annotated[float, typer.Option(help="Counts per pixel on the brightest ring or spot.")] = 50.0,
+    max_drift: Annotated[float, typer.Option(min=0, help="Largest true shift, pixels.")] = 8.0,
+    jumps: Annotated[int, typer.Option(min=0, help="Sudden jumps within the run.")] = 2,
+    decay: Annotated[float, typer.Option(min=0, max=1, help="Part of the intensity lost by the end.")] = 0.3,
+    dark_every: Annotated[int, typer.Option(min=0, help="Every n-th frame sees no beam; 0: none.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
+) -> None:
+    """Write a simulated experiment with known drift."""
+    given = {name: value for name, value in locals().items() if name not in ("folder", "height", "width")}
+    from stillframe.progress import Meter, progress_bar
+    from stillframe.scene import Experiment
+    from stillframe.simulate import simulate as write
+
+    with progress_bar() as bar:
+        experiment = Experiment(shape=(height, width), **given)
+        store, mask = write(experiment, folder, on_unit=Meter(bar, "simulate", frames, 0).add)
+    out.print(f"{store}\n{mask}\nNext: stillframe run {store} --mask {mask} --out {folder / 'run'}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the demonstration goes.")] = Path("stillframe-demo"),
+) -> None:
+    """Simulate a small experiment, register it on a local cluster, and compare with the truth."""
+    from stillframe.demo import demonstrate
+
+    demonstrate(folder, out)

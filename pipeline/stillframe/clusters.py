@@ -1,0 +1,169 @@
+"""Where units are worked on: in this process, on local worker processes, or on a running dask cluster."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import psutil
+
+from stillframe.settings import Settings
+
+Item = TypeVar("Item")
+
+_PROCESS_BYTES = 350 * 2**20
+"""What a worker takes before it sees a frame: Python with its libraries."""
+_SHARE = 0.7
+"""Part of a worker's memory that units may fill, below where dask begins to spill and pause."""
+_QUEUED = 2
+"""Tasks given to each worker beyond the one it works on, so that it never waits."""
+
+
+class Executor(Protocol):
+    """Something that applies a function to items and gives the results as they come."""
+
+    @property
+    def budget(self) -> int:
+        """Bytes that one unit may take."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What to call it in the log."""
+        ...
+
+    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with its result, or with the exception it raised, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """One item after the other, here."""
+
+    budget: int
+    name: str = "this process"
+
+    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with its result, or with the exception it raised, in order."""
+        for item in items:
+            try:
+                yield item, work(item)
+            except Exception as error:  # reported with its unit; the others go on
+                yield item, error
+
+
+@dataclass(frozen=True)
+class OnCluster:
+    """A dask cluster; a few tasks more than it has threads are under way at a time."""
+
+    client: Any
+    budget: int
+    name: str
+
+    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with its result, or with the exception it raised, as they come."""
+        from distributed import as_completed
+
+        waiting = iter(items)
+        tasks: dict[Any, Item] = {}
+        done = as_completed()
+
+        def submit(count: int) -> None:
+            for item in itertools.islice(waiting, count):
+                future = self.client.submit(work, item, pure=False, retries=1)
+                tasks[future] = item
+                done.add(future)
+
+        submit((1 + _QUEUED) * max(1, sum(self.client.nthreads().values())))
+        try:
+            for future in done:
+                yield (
+                    tasks.pop(future),
+                    future.exception() if future.status != "finished" else future.result(),
+                )
+                submit(1)
+        finally:
+            self.client.cancel(list(tasks))
+
+
+@contextlib.contextmanager
+def executor(settings: Settings, client: Any = None) -> Iterator[Executor]:
+    """Give the executor that the settings ask for, and close what was started.
+
+    Raises
+    ------
+    ConnectionError
+        No scheduler answers at the address, or in the file, that was given.
+    """
+    if client is not None:
+        yield _on(client, settings)
+    elif settings.scheduler:
+        with _connect(settings.scheduler) as remote:
+            yield _on(remote, settings)
+    elif settings.workers == 0:
+        yield InProcess(_budget(_per_worker(settings, 1)))
+    else:
+        with _local(settings) as local:
+            yield _on(local, settings)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _per_worker(settings: Settings, workers: int) -> int:
+    total = psutil.virtual_memory().total
+    return int(settings.memory * 2**30) if settings.memory else int(0.9 * total / workers)
+
+
+def _budget(memory: int) -> int:
+    return int(_SHARE * memory) - _PROCESS_BYTES
+
+
+@contextlib.contextmanager
+def _local(settings: Settings) -> Iterator[Any]:
+    """One single-threaded worker process per core, reachable from this machine alone, without a web page."""
+    from distributed import Client, LocalCluster
+
+    workers = settings.workers or cores()
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=_per_worker(settings, workers),
+            dashboard_address=None,
+            host="127.0.0.1",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def _connect(scheduler: str) -> Iterator[Any]:
+    from distributed import Client
+
+    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        client = Client(**where, timeout=20)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ConnectionError(
+            f"no dask scheduler answers at {scheduler} ({error}). Check the address or the scheduler file, and that "
+            "the cluster still runs."
+        ) from error
+    with client:
+        yield client
+
+
+def _on(client: Any, settings: Settings) -> OnCluster:
+    client.wait_for_workers(1, timeout=300)
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    shares = [worker["memory_limit"] // worker["nthreads"] for worker in workers if worker["memory_limit"]]
+    memory = int(settings.memory * 2**30) if settings.memory else min(shares, default=_per_worker(settings, cores()))
+    threads = sum(worker["nthreads"] for worker in workers)
+    return OnCluster(client, _budget(memory), f"{threads} worker{'s' if threads > 1 else ''}")

@@ -1,0 +1,341 @@
+"""Open stacks of frames, masks and images as they lie on disk; nothing here changes a file.
+
+Frames are a Zarr array (v2 or v3) of a local or shared file system. Reading names what is missing or damaged,
+since Zarr itself takes a missing chunk for its fill value.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+import zarr
+import zarr.errors
+
+from stillframe.checks import boolean, require_real
+from stillframe.units import Layout, Unit
+
+MissingChunks = Literal["report", "fill"]
+
+
+class Reading(NamedTuple):
+    """Frames as far as they could be read."""
+
+    frames: npt.NDArray[Any]
+    """(frame, y, x); zeros where damaged."""
+    damaged: npt.NDArray[np.bool_]
+    """(frame,) True where a chunk is missing or cannot be decoded."""
+    problems: list[str]
+    """What is wrong, in words, one line a chunk row."""
+
+
+@dataclass(frozen=True)
+class FrameSource:
+    """A stack of frames in a Zarr array; pickles as its path and opens where it is used."""
+
+    path: Path
+    """Folder of the array itself."""
+    missing_chunks: MissingChunks = "report"
+    """What a chunk without a file means."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open array."""
+        return {"path": self.path, "missing_chunks": self.missing_chunks}
+
+    @cached_property
+    def array(self) -> zarr.Array[Any]:
+        """The open Zarr array."""
+        return zarr.open_array(self.path, mode="r")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(frame, y, x)."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the pixels as stored."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Always 3."""
+        return 3
+
+    @property
+    def layout(self) -> Layout:
+        """What of the stack decides the size of a unit."""
+        frames, height, width = self.shape
+        return Layout(frames, (height, width), self.dtype.itemsize, min(self.array.chunks[0], max(frames, 1)))
+
+    @property
+    def split(self) -> bool:
+        """Whether a frame is spread over several chunks."""
+        return tuple(self.array.chunks[1:]) != self.shape[1:] and any(
+            chunk < size for chunk, size in zip(self.array.chunks[1:], self.shape[1:], strict=True)
+        )
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of what one file holds: a shard, or a chunk."""
+        return tuple(self.array.shards or self.array.chunks)
+
+    def files(self, start: int, stop: int) -> Iterator[Path]:
+        """Yield the files that hold these frames, existing or not."""
+        grid = [range(start // self.stored[0], -(-stop // self.stored[0]))]
+        grid += [range(-(-size // part)) for size, part in zip(self.shape[1:], self.stored[1:], strict=True)]
+        encode = self.array.metadata.encode_chunk_key
+        return (self.path / encode(place) for place in product(*grid))
+
+    def identity(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of every file that holds these frames; −1 where it is missing."""
+        return [(str(file.relative_to(self.path)), *_look(file)) for file in self.files(start, stop)]
+
+    def description(self) -> str:
+        """Return the array's metadata as stored: what its chunks mean."""
+        names = ("zarr.json", ".zarray")
+        return "".join((self.path / name).read_text() for name in names if (self.path / name).exists())
+
+    def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Read frames, or raise ``OSError`` naming what cannot be read."""
+        rows = key[0] if isinstance(key, tuple) else key
+        start, stop, _ = rows.indices(self.shape[0])
+        missing = self._missing(start, stop)
+        if missing:
+            raise FileNotFoundError(
+                f"{_range(start, stop)} of {self.path}: {missing}. Restore the file; or, if its writer leaves out "
+                "empty chunks, open with missing_chunks='fill'."
+            )
+        try:
+            return np.asarray(self.array[key])
+        except Exception as error:
+            raise OSError(
+                f"{_range(start, stop)} of {self.path} cannot be read ({_short(error)}): a chunk is damaged. "
+                "Restore it, or leave these frames out."
+            ) from error
+
+    def read(self, unit: Unit) -> Reading:
+        """Read a unit as far as possible and say what was not.
+
+        Frames of a chunk row that is missing or cannot be decoded come back as zeros, marked damaged.
+        """
+        whole = self._try(unit.start, unit.stop)
+        if not isinstance(whole, str):
+            return Reading(whole, np.zeros(len(whole), np.bool_), [])
+        return self._read_rows(unit)
+
+    def _read_rows(self, unit: Unit) -> Reading:
+        frames = np.zeros((unit.stop - unit.start, *self.shape[1:]), self.dtype)
+        damaged = np.zeros(len(frames), np.bool_)
+        problems = []
+        step = self.array.chunks[0]
+        for low in range(unit.start - unit.start % step, unit.stop, step):
+            start, stop = max(low, unit.start), min(low + step, unit.stop)
+            part = self._try(start, stop)
+            here = slice(start - unit.start, stop - unit.start)
+            if isinstance(part, str):
+                damaged[here] = True
+                problems.append(f"{_range(start, stop)}: {part}")
+            else:
+                frames[here] = part
+        return Reading(frames, damaged, problems)
+
+    def _try(self, start: int, stop: int) -> npt.NDArray[Any] | str:
+        """Return the frames, or what is wrong with them."""
+        missing = self._missing(start, stop)
+        if missing:
+            return missing
+        try:
+            return np.asarray(self.array[start:stop])
+        except MemoryError:
+            raise
+        except Exception as error:  # codecs raise whatever they like on damaged bytes
+            return f"cannot be decoded ({_short(error)})"
+
+    def _missing(self, start: int, stop: int) -> str:
+        """Name the missing files that matter; empty when there are none."""
+        if self.missing_chunks == "fill":
+            return ""
+        names = [str(file.relative_to(self.path)) for file in self.files(start, stop) if not file.exists()]
+        return f"chunk {', '.join(names[:3])}{'…' if len(names) > 3 else ''} is missing" if names else ""
+
+
+def _look(file: Path) -> tuple[int, int]:
+    try:
+        seen = file.stat()
+    except OSError:
+        return -1, -1
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def _range(start: int, stop: int) -> str:
+    return f"frames {start}–{stop - 1}"
+
+
+def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report") -> FrameSource:
+    """Find the stack of frames at a path: a Zarr array, or a group with one three-dimensional array.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ValueError
+        Not Zarr, no stack (frame, y, x) in it or several, or no frame.
+    TypeError
+        Complex or object pixels.
+    """
+    folder = Path(path).expanduser().absolute()
+    node = _open_node(folder)
+    array = node if isinstance(node, zarr.Array) else _only_stack(node, folder)
+    where = folder if isinstance(node, zarr.Array) else folder / array.basename
+    if array.ndim != 3:
+        raise ValueError(
+            f"{where} has shape {array.shape}, but frames are (frame, y, x). Store one stack of images in one array."
+        )
+    if 0 in array.shape:
+        raise ValueError(f"{where} has shape {array.shape}: there is nothing to register. Check how it was written.")
+    require_real(np.dtype(array.dtype), f"{where}")
+    return FrameSource(where, missing_chunks)
+
+
+def _open_node(folder: Path) -> Any:
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist. Check the path of the frames.")
+    try:
+        return zarr.open(folder, mode="r")
+    except Exception as error:
+        raise ValueError(
+            f"{folder} is not a Zarr array or group ({_short(error)}). Convert the frames to Zarr first, for example "
+            "with xarray's to_zarr."
+        ) from error
+
+
+def _only_stack(group: Any, folder: Path) -> Any:
+    """Return the array called "frames", or else the only one with three dimensions."""
+    members = dict(group.arrays())
+    if "frames" in members:
+        return members["frames"]
+    stacks = [name for name, array in members.items() if array.ndim == 3]
+    if len(stacks) != 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in members.items()) or "no arrays"
+        raise ValueError(
+            f"{folder} holds {found}: it is not clear which one is the stack (frame, y, x). "
+            f"Give the path of the array itself, for example {folder}/{stacks[0] if stacks else 'frames'}."
+        )
+    return members[stacks[0]]
+
+
+def frame_coordinates(source: FrameSource) -> xr.Dataset:
+    """Return what is stored beside the frames for each of them: time, scan, delay, kind….
+
+    Every one-dimensional array of the same group with one value per frame becomes a coordinate; times are decoded
+    and CF ``flag_meanings`` of a kind become words.
+    """
+    parent = source.path.parent
+    try:
+        group = zarr.open_group(parent, mode="r")
+    except Exception:  # not in a group: a bare array has no coordinates
+        return xr.Dataset()
+    found = {
+        name: xr.Variable("frame", array[:], {k: v for k, v in array.attrs.items() if not k.startswith("_")})
+        for name, array in sorted(group.arrays())
+        if array.ndim == 1 and array.shape[0] == source.shape[0] and name != source.path.name
+    }
+    return _decode(xr.Dataset(found))
+
+
+def _decode(stored: xr.Dataset) -> xr.Dataset:
+    decoded = xr.decode_cf(stored, decode_timedelta=False)
+    words = {
+        name: _words(variable) for name, variable in decoded.variables.items() if "flag_meanings" in variable.attrs
+    }
+    return decoded.assign(words)
+
+
+def _words(variable: xr.Variable) -> tuple[str, npt.NDArray[np.object_]]:
+    """Spell out an enumeration of CF conventions 1.11, section 3.5."""
+    meaning = variable.attrs["flag_meanings"].split()
+    table = dict(zip(np.ravel(variable.attrs["flag_values"]).tolist(), meaning, strict=True))
+    return "frame", np.array([table.get(value, "unknown") for value in variable.values.tolist()], dtype=object)
+
+
+def load_image(path: str | Path) -> npt.NDArray[Any]:
+    """Read one picture (y, x): npy, tif, any image file, or a Zarr array.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ValueError
+        It cannot be read as a picture.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist. Check the path.")
+    try:
+        return np.asarray(_read_image(file))
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be read as an image ({_short(error)}). Give npy, tif, png or a Zarr array (y, x)."
+        ) from error
+
+
+def _read_image(file: Path) -> Any:
+    if file.is_dir():
+        node: Any = zarr.open(file, mode="r")
+        return (node if isinstance(node, zarr.Array) else node["mask"])[:]
+    if file.suffix.lower() == ".npy":
+        return np.load(file, allow_pickle=False)
+    if file.suffix.lower() in (".tif", ".tiff"):
+        import tifffile
+
+        return tifffile.imread(file)
+    from PIL import Image
+
+    return Image.open(file)
+
+
+def load_mask(path: str | Path) -> npt.NDArray[np.bool_]:
+    """Read a mask (y, x), True = valid, from npy, tif, png or Zarr.
+
+    Parameters
+    ----------
+    path : str or Path
+        A picture of booleans, 0/1 or 0/255; or a Zarr group with an array "mask".
+
+    Returns
+    -------
+    ndarray of bool, shape (y, x)
+        True where the stored value is not 0. Invert it with ``~`` if your file marks the invalid pixels.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ValueError
+        Not a picture, not two-dimensional, more than two values in it, or False everywhere.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, pathlib
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "mask.npy"
+    >>> np.save(file, np.array([[0, 255], [255, 255]], dtype=np.uint8))
+    >>> load_mask(file)
+    array([[False,  True],
+           [ True,  True]])
+    """
+    mask = boolean(load_image(path), f"{path}")
+    if mask.ndim != 2:
+        raise ValueError(f"{path} has shape {mask.shape}, but a mask is (y, x). Save a single channel.")
+    if not mask.any():
+        raise ValueError(f"{path} is False everywhere: no pixel is left to compare. True means valid; invert it?")
+    return mask

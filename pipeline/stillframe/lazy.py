@@ -1,0 +1,352 @@
+"""Frames, shifts and aligned frames as lazy xarray objects: the only module that builds dask graphs.
+
+Building reads metadata and coordinates, never a pixel. The kernel enters by ``map_blocks``, one call a block of
+whole frames; the reference enters as one node of the graph (or, once stored, as a path and a hash), so that it is
+sent to a worker once and not with every block.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+from dask.base import tokenize
+from dask.delayed import delayed
+
+from stillframe.checks import as_mask, require_real
+from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
+from stillframe.match import MATCH_DTYPE, Matches, match_frames, usable_frames
+from stillframe.records import fingerprint
+from stillframe.reference import Reference
+from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
+from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
+from stillframe.units import TARGET_BYTES, make_plan
+
+__all__ = ["align", "make_reference", "open_frames", "register"]
+
+_ROOMY = 2**50
+"""A memory budget that never decides."""
+
+
+def open_frames(
+    path: str | Path, *, chunk_frames: int | None = None, missing_chunks: MissingChunks = "report"
+) -> xr.DataArray:
+    """Open a stack of frames lazily.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Zarr array (frame, y, x), v2 or v3, or a group with one: "frames", or the only stack in it.
+    chunk_frames : int, optional
+        Frames of a block; by default those of a unit, as a run would cut the stack.
+    missing_chunks : {"report", "fill"}
+        A chunk without a file is an error when it is read, or the array's fill value, as Zarr has it.
+
+    Returns
+    -------
+    DataArray, dims (frame, y, x)
+        Lazy; with the coordinates stored beside the frames (time, scan, delay, kind…).
+
+    Raises
+    ------
+    FileNotFoundError, TypeError, ValueError
+        Nothing there, no real pixels, or no single stack (frame, y, x).
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, zarr
+    >>> path = tempfile.mkdtemp() + "/frames.zarr"
+    >>> zarr.save_array(path, np.ones((10, 64, 64), np.uint16))
+    >>> open_frames(path).sizes["frame"]
+    10
+    """
+    source = open_source(path, missing_chunks=missing_chunks)
+    size = chunk_frames or default_unit_frames(source)
+    name = f"frames-{fingerprint({'path': source.path, 'metadata': source.description(), 'chunk': size})}"
+    data = da.from_array(
+        source, chunks=(size, -1, -1), name=name, asarray=False, meta=np.empty((0, 0, 0), source.dtype)
+    )
+    return xr.DataArray(
+        data,
+        dims=("frame", "y", "x"),
+        coords=frame_coordinates(source).variables,
+        name="frames",
+        attrs={"long_name": "detector frames", "units": "count"},
+    )
+
+
+def default_unit_frames(source: FrameSource) -> int:
+    """Return the frames of a unit when memory does not decide."""
+    return make_plan(source.layout, budget=_ROOMY, output_itemsize=source.dtype.itemsize, max_shift=0).unit_frames
+
+
+def make_reference(
+    frames: xr.DataArray | npt.ArrayLike,
+    mask: npt.ArrayLike | None = None,
+    *,
+    use: int | slice = slice(16),
+    max_shift: int = 32,
+    overlap_ratio: float = 0.3,
+    saturation: float | None = None,
+) -> Reference:
+    """Make the image that frames are laid on; reads only the frames it uses, at once.
+
+    Parameters
+    ----------
+    frames : DataArray or array_like
+        A stack (frame, y, x), lazy or not; or an image (y, x) of any origin, which is taken as it is.
+    mask : array_like of bool, shape (y, x), optional
+        True = valid.
+    use : int or slice
+        One frame, or frames to average; dark, corrupt and saturated ones are left out of an average.
+    max_shift, overlap_ratio, saturation
+        See :class:`~stillframe.Reference`.
+
+    Returns
+    -------
+    Reference
+
+    Raises
+    ------
+    ValueError
+        Fewer frames than asked for, none of them usable, or what :class:`~stillframe.Reference` refuses.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> frames = np.random.default_rng(0).poisson(9.0, size=(20, 32, 32))
+    >>> make_reference(frames, use=slice(4), max_shift=8).image.dtype
+    dtype('float32')
+    """
+    stack = frames if hasattr(frames, "ndim") else np.asarray(frames)
+    image = np.asarray(stack if stack.ndim == 2 else _average(stack, mask, use, saturation))
+    valid = as_mask(mask, image.shape[-2:])
+    return Reference(image, valid, max_shift=max_shift, overlap_ratio=overlap_ratio, saturation=saturation)
+
+
+def _average(stack: Any, mask: npt.ArrayLike | None, use: int | slice, saturation: float | None) -> npt.NDArray[Any]:
+    """Return one frame, or the mean of the usable ones of several."""
+    count = stack.shape[0]
+    if isinstance(use, int):
+        if not -count <= use < count:
+            raise ValueError(f"frame {use} was asked for as reference, but there are {count}. Choose one of them.")
+        return np.asarray(stack[use])
+    if use.stop is not None and use.stop > count:
+        raise ValueError(
+            f"frames up to {use.stop} were asked for as reference, but there are {count} frames. Ask for fewer."
+        )
+    chosen = np.asarray(stack[use])
+    good = usable_frames(chosen, mask, saturation=saturation)
+    if not good.any():
+        raise ValueError(
+            f"of the {len(chosen)} frames asked for as reference none is usable: all are dark, constant, saturated or "
+            "hold NaN. Choose others."
+        )
+    return chosen[good].mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.Dataset:
+    """Register every frame, lazily.
+
+    Parameters
+    ----------
+    frames : DataArray, dims (frame, y, x)
+        As from :func:`open_frames`; blocks that split a frame are joined first.
+    reference : Reference or ReferenceFile
+        What to lay them on. On a cluster, large references are best stored first
+        (:func:`~stillframe.save_reference`), where every worker can read them.
+
+    Returns
+    -------
+    Dataset, dims (frame, axis)
+        ``shift``, ``sigma`` (frame, axis), ``covariance``, ``score``, ``second_score``, ``overlap``,
+        ``intensity``, ``flag`` (frame), the coordinates of the frames, ``reference`` and ``mask`` (y, x).
+        Units and meanings are in the attributes. Compute it whole: one pass gives all variables.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The frames are not (frame, y, x), not real, or of another shape than the reference.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr
+    >>> picture = np.random.default_rng(0).poisson(50.0, size=(64, 64))
+    >>> stack = xr.DataArray(np.stack([picture, np.roll(picture, 2, axis=0)]), dims=("frame", "y", "x"))
+    >>> register(stack, make_reference(stack, use=0, max_shift=8))["shift"].values
+    array([[ 0.,  0.],
+           [-2.,  0.]])
+    """
+    data = _whole_frames(frames).data
+    known = reference.load() if isinstance(reference, ReferenceFile) else reference
+    if data.shape[1:] != known.shape:
+        raise ValueError(
+            f"the frames have shape {data.shape[1:]} but the reference has {known.shape}: they must come from the same "
+            "detector. Crop or bin both alike."
+        )
+    matches = da.map_blocks(
+        _match_block,
+        data,
+        reference=_node(reference),
+        dtype=MATCH_DTYPE,
+        drop_axis=(1, 2),
+        meta=np.empty(0, MATCH_DTYPE),
+        name=f"matches-{tokenize(data.name, known.digest)}",
+    )
+    return shifts_dataset(matches, _frame_coords(frames), known)
+
+
+def _node(reference: Reference | ReferenceFile) -> Any:
+    """One key in the graph, whatever the number of blocks."""
+    return delayed(reference, pure=True, traverse=False)
+
+
+def _match_block(block: npt.NDArray[Any], *, reference: Reference | ReferenceFile, block_info: Any = None) -> Matches:
+    """Run the kernel on one block, and say which frames if it fails."""
+    known = reference.load() if isinstance(reference, ReferenceFile) else reference
+    return _located(lambda: match_frames(block, known), block_info)
+
+
+def _located(work: Callable[[], npt.NDArray[Any]], block_info: Any) -> npt.NDArray[Any]:
+    try:
+        return work()
+    except Exception as error:
+        start, stop = block_info[0]["array-location"][0]
+        raise RuntimeError(f"frames {start}–{stop - 1} could not be processed: {error}") from error
+
+
+def _whole_frames(frames: xr.DataArray) -> xr.DataArray:
+    """Return frames in blocks that hold whole frames."""
+    if frames.ndim != 3:
+        raise ValueError(f"the frames have dims {frames.dims}, but (frame, y, x) is needed. Select or add an axis.")
+    require_real(frames.dtype, "the stack of frames")
+    named = frames.rename(dict(zip(frames.dims, ("frame", "y", "x"), strict=True)))
+    if named.chunks is None:
+        size = max(1, TARGET_BYTES // max(1, named[:1].nbytes))
+        return named.chunk(frame=size, y=-1, x=-1)
+    return named.chunk(y=-1, x=-1)
+
+
+def _frame_coords(frames: xr.DataArray) -> xr.Dataset:
+    dim = frames.dims[0]
+    coords = {str(name): coord.variable for name, coord in frames.coords.items() if coord.dims == (dim,)}
+    return xr.Dataset(coords=coords).rename({dim: "frame"} if dim != "frame" else {})
+
+
+def align(
+    frames: xr.DataArray,
+    shifts: xr.Dataset,
+    *,
+    interpolation: Interpolation = "nearest",
+    fill: float | None = None,
+) -> xr.DataArray:
+    """Lay every frame on the reference, lazily.
+
+    Parameters
+    ----------
+    frames : DataArray, dims (frame, y, x)
+        The frames that were registered.
+    shifts : Dataset
+        From :func:`register`, lazy or computed; needs nothing else. ``applied`` is used where it is there,
+        else ``shift``.
+    interpolation : {"nearest", "linear", "cubic", "lanczos"}
+        "nearest" moves by whole pixels and keeps the dtype and every count; the others hold fractions and
+        are exact where the shift is whole.
+    fill : float, optional
+        Value of pixels nothing was observed for, frames without a shift among them: NaN for floats, 0 for
+        integers by default; stated in the attribute ``fill``.
+
+    Returns
+    -------
+    DataArray, dims (frame, y, x)
+        Lazy, with the coordinates of the frames. ``to_zarr`` writes the layout of a run's ``aligned.zarr`` when
+        all blocks have the same number of frames, as those of :func:`open_frames` have.
+
+    Raises
+    ------
+    ValueError
+        Another number of frames or another shape than the shifts', an unknown interpolation, or a fill value
+        that the dtype cannot hold.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr
+    >>> picture = np.random.default_rng(0).poisson(50.0, size=(64, 64))
+    >>> stack = xr.DataArray(np.stack([picture, np.roll(picture, 2, axis=0)]), dims=("frame", "y", "x"))
+    >>> aligned = align(stack, register(stack, make_reference(stack, use=0, max_shift=8)))
+    >>> bool((aligned[1, :-2] == picture[:-2]).all())
+    True
+    """
+    check_interpolation(interpolation)
+    whole = _whole_frames(frames)
+    _check_same(whole, shifts)
+    dtype = output_dtype(whole.dtype, interpolation)
+    value = check_fill(fill, dtype)
+    data = _resampled(whole.data, shifts, interpolation, value, dtype)
+    aligned = xr.DataArray(
+        data,
+        dims=("frame", "y", "x"),
+        coords=_frame_coords(frames).variables,
+        name="frames",
+        attrs=aligned_attributes(interpolation, value),
+    )
+    aligned.encoding = aligned_encoding(data.shape, int(data.chunksize[0]), value, dtype)
+    return aligned
+
+
+def aligned_attributes(interpolation: Interpolation, fill: float) -> dict[str, Any]:
+    """Return how aligned frames were made, for any reader."""
+    stated = "NaN" if np.isnan(fill) else fill
+    return {"long_name": "frames laid on the reference", "interpolation": interpolation, "fill": stated}
+
+
+def _check_same(frames: xr.DataArray, shifts: xr.Dataset) -> None:
+    missing = {"shift", "mask"} - set(shifts)
+    if missing:
+        raise ValueError(
+            f"the shifts lack {', '.join(sorted(missing))}. Give the dataset that register returned, whole."
+        )
+    if shifts.sizes["frame"] != frames.sizes["frame"] or shifts["mask"].shape != frames.shape[1:]:
+        raise ValueError(
+            f"the frames have shape {frames.shape} but the shifts belong to {shifts.sizes['frame']} frames of "
+            f"{shifts['mask'].shape}: each frame needs its own. Select the same frames from both."
+        )
+
+
+def _resampled(
+    data: da.Array, shifts: xr.Dataset, interpolation: Interpolation, fill: float, dtype: np.dtype[Any]
+) -> da.Array:
+    applied = shifts["applied" if "applied" in shifts else "shift"].data
+    moves = da.asarray(applied).rechunk((data.chunks[0], (2,)))
+    mask = np.packbits(np.asarray(shifts["mask"].values, dtype=np.bool_))
+    aligned: da.Array = da.blockwise(
+        _resample_block,
+        "fyx",
+        data,
+        "fyx",
+        moves,
+        "fa",
+        mask=delayed(mask, pure=True),
+        interpolation=interpolation,
+        fill=fill,
+        concatenate=True,
+        dtype=dtype,
+        meta=np.empty((0, 0, 0), dtype),
+    )
+    return aligned
+
+
+def _resample_block(
+    block: npt.NDArray[Any],
+    moves: npt.NDArray[np.float64],
+    *,
+    mask: npt.NDArray[np.uint8],
+    interpolation: Interpolation,
+    fill: float,
+) -> npt.NDArray[Any]:
+    shape = block.shape[1], block.shape[2]
+    valid = np.unpackbits(mask, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
+    return resample_frames(block, moves, valid, interpolation=interpolation, fill=fill)

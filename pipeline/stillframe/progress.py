@@ -1,0 +1,200 @@
+"""Tell how a run goes: a bar on a terminal, plain lines in a log file, an answer to ``stillframe status``."""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stillframe.flags import Flag
+from stillframe.records import Ledger, Stage, UnitRecord, read_lease
+from stillframe.units import Plan, Unit
+
+LOG_EVERY = 10.0
+"""Seconds between two lines of progress in the log."""
+
+log = logging.getLogger("stillframe")
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what a run says to its log file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
+
+
+def warn(message: str) -> None:
+    """Tell something to act on: in the log, and where people look."""
+    log.warning(message)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"stillframe: {message}", markup=False)
+
+
+class Meter:
+    """Counts the frames of one stage, for a bar and for the log."""
+
+    def __init__(self, bar: Progress, stage: str, total: int, done: int) -> None:
+        self.bar, self.stage, self.total, self.before = bar, stage, total, done
+        self.done = done
+        self.began = self.told = time.monotonic()
+        self.task = bar.add_task(stage, total=total, completed=done, rate="")
+        log.info("%s: %d of %d frames are done already", stage, done, total)
+
+    def add(self, unit: Unit) -> None:
+        """Count one finished unit."""
+        self.done += unit.stop - unit.start
+        rate = (self.done - self.before) / max(time.monotonic() - self.began, 1e-6)
+        self.bar.update(self.task, completed=self.done, rate=f"{rate:.3g} frames/s")
+        if time.monotonic() - self.told > LOG_EVERY or self.done == self.total:
+            self.told = time.monotonic()
+            log.info(
+                "%s: %d of %d frames, %s",
+                self.stage,
+                self.done,
+                self.total,
+                _pace(rate, self.total - self.done),
+            )
+
+
+def _pace(rate: float, left: int) -> str:
+    return f"{rate:.3g} frames/s, {duration(left / rate)} left" if rate > 0 else "no rate yet"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do.
+
+    Examples
+    --------
+    >>> duration(42), duration(3723)
+    ('42 s', '1 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def progress_bar() -> Progress:
+    """Return a bar with rate and time left on a terminal, silent elsewhere."""
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} frames"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """How far one stage is, from the records on disk."""
+
+    stage: Stage
+    """Name."""
+    done: int
+    """Frames that are finished."""
+    total: int
+    """All frames."""
+    rate: float | None
+    """Frames per second lately, if it is known."""
+    problems: list[str]
+    """What could not be read or done."""
+
+    @property
+    def left(self) -> str:
+        """Time left, in words."""
+        if self.done == self.total:
+            return "finished"
+        return f"{duration((self.total - self.done) / self.rate)} left" if self.rate else "unknown"
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Keep what a later look at the folder needs to know what is left."""
+    (folder / "plan.json").write_text(json.dumps({"frames": plan.frames, "unit_frames": plan.unit_frames}))
+
+
+def read_status(folder: Path) -> list[StageStatus]:
+    """Return how far each stage of a run is.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no run.
+    """
+    try:
+        total = json.loads((folder / "plan.json").read_text())["frames"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no run that has begun. Give the folder that 'run --out' names.") from error
+    ledger = Ledger(folder)
+    return [_stage_status(ledger, "register", total), _stage_status(ledger, "align", total)]
+
+
+def _stage_status(ledger: Ledger, stage: Stage, total: int) -> StageStatus:
+    records = ledger.records(stage)
+    problems = [problem for record in records for problem in record.problems]
+    done = sum(record.stop - record.start for record in records)
+    return StageStatus(stage, done, total, _recent_rate(ledger, records), problems)
+
+
+def _recent_rate(ledger: Ledger, records: list[UnitRecord]) -> float | None:
+    """Frames per second over the last units, from the times of their records."""
+    seen = sorted((ledger.path(r.stage, r.unit).stat().st_mtime, r.stop - r.start) for r in records)[-50:]
+    if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+        return None
+    return sum(frames for _, frames in seen[1:]) / (seen[-1][0] - seen[0][0])
+
+
+def flag_counts(folder: Path) -> Counter[str]:
+    """Count the frames under each flag among those registered so far."""
+    counts: Counter[str] = Counter()
+    for record in Ledger(folder).records("register"):
+        values = [int(value or 0) for value in (record.matches or {}).get("flag", [])]
+        counts.update(str(flag.name).lower() for value in values for flag in Flag if flag & value)
+        counts["good"] += values.count(0)
+    return counts
+
+
+def print_status(folder: Path, console: Console) -> bool:
+    """Print how far a run is and return whether nothing went wrong."""
+    stages = read_status(folder)
+    table = Table("stage", "frames", "done", "rate", "time left", box=None)
+    for stage in stages:
+        rate = f"{stage.rate:.3g} frames/s" if stage.rate else "–"
+        part = f"{100 * stage.done / stage.total:.0f} %"
+        table.add_row(stage.stage, f"{stage.done}/{stage.total}", part, rate, stage.left)
+    console.print(table)
+    console.print(_driver(read_lease(folder), all(stage.done == stage.total for stage in stages)))
+    counts = flag_counts(folder)
+    console.print("frames: " + ", ".join(f"{number} {name}" for name, number in sorted(counts.items()) if number))
+    problems = list(dict.fromkeys(problem for stage in stages for problem in stage.problems))
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False)
+    return not problems
+
+
+def _driver(holder: dict[str, Any] | None, finished: bool) -> str:
+    if holder:
+        return f"driven by process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"

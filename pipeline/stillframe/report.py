@@ -1,0 +1,64 @@
+"""Pictures of a run, for a first look and for the logbook."""
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stillframe.flags import Flag
+
+
+def plot_shifts(shifts: xr.Dataset, path: Path) -> None:
+    """Draw the drift over lab time, the score below it, and which frames are flagged why.
+
+    Parameters
+    ----------
+    shifts : Dataset
+        Computed shifts of a run.
+    path : Path
+        Where the PNG goes.
+    """
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1.5])
+    time, label = _time_axis(shifts)
+    for column, axis in enumerate("yx"):
+        top.plot(time, shifts["shift"].values[:, column], ".", markersize=3, label=f"along {axis}")
+    top.set(ylabel="shift to apply (px)", title=_headline(shifts))
+    top.legend(loc="best", markerscale=3)
+    middle.plot(time, shifts["score"].values, ".", color="0.3", markersize=3)
+    middle.set(ylabel="score")
+    _plot_flags(bottom, time, shifts["flag"].values)
+    bottom.set(xlabel=label, ylabel="flag")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _time_axis(shifts: xr.Dataset) -> tuple[np.ndarray, str]:
+    """Return the lab time where it is stored, hours from the first frame; else the frame number."""
+    if "time" in shifts.coords and shifts["time"].dtype.kind == "M":
+        elapsed = shifts["time"].values - shifts["time"].values.min()
+        return elapsed / np.timedelta64(1, "h"), "lab time (h)"
+    return np.arange(shifts.sizes["frame"]), "frame"
+
+
+def _headline(shifts: xr.Dataset) -> str:
+    good = int((shifts["flag"] == 0).sum())
+    return f"{shifts.sizes['frame']} frames, {good} with a shift and no flag"
+
+
+def _plot_flags(axes: Axes, time: np.ndarray, values: np.ndarray) -> None:
+    present = [flag for flag in Flag if (values & flag.value).any()]
+    for row, flag in enumerate(present):
+        axes.plot(
+            time[(values & flag.value) != 0],
+            np.full(np.count_nonzero(values & flag.value), row),
+            "|",
+            color="C3",
+        )
+    axes.set_yticks(range(len(present)), [str(flag.name).lower() for flag in present])
+    axes.set_ylim(-0.5, max(len(present), 1) - 0.5)
+    if not present:
+        axes.text(0.5, 0.5, "no frame is flagged", ha="center", va="center", transform=axes.transAxes)

@@ -1,0 +1,95 @@
+"""Write a simulated experiment to disk, unit by unit, as a detector's data acquisition would."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from stillframe.scene import KINDS, Experiment
+from stillframe.store import codec, quiet_zarr, write_dataset
+from stillframe.units import Layout, Unit, make_plan
+
+_START = np.datetime64("2026-01-01T00:00:00", "ns")
+
+
+def simulate(
+    experiment: Experiment, folder: Path, *, on_unit: Callable[[Unit], None] = lambda _: None
+) -> tuple[Path, Path]:
+    """Write ``frames.zarr`` and ``mask.npy`` to a folder.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to simulate.
+    folder : Path
+        Made where it is missing.
+    on_unit : callable
+        Called after each unit that was written.
+
+    Returns
+    -------
+    tuple of Path
+        The store: ``frames`` (frame, y, x) uint16 counts; ``time``, ``scan``, ``delay`` (ps), ``kind``;
+        ``true_shift`` (frame, axis), pixels, to be applied to the frame. And the mask, True = valid.
+
+    Raises
+    ------
+    FileExistsError
+        Frames are there already.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> store, mask = simulate(Experiment(frames=3, shape=(32, 32)), Path(tempfile.mkdtemp()))
+    >>> store.name, mask.name
+    ('frames.zarr', 'mask.npy')
+    """
+    store, mask = folder / "frames.zarr", folder / "mask.npy"
+    if store.exists():
+        raise FileExistsError(
+            f"{store} exists already: real or simulated, it is not overwritten. Choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = Layout(experiment.frames, experiment.shape, 2, 1)
+    plan = make_plan(layout, budget=2**50, output_itemsize=2, max_shift=0)
+    write_dataset(_coordinates(experiment), store)
+    frames = _create(experiment, store, plan.unit_frames)
+    np.save(mask, experiment.detector.mask)
+    for unit in plan.units:
+        frames[unit.start : unit.stop] = np.stack([experiment.render(i) for i in range(unit.start, unit.stop)])
+        on_unit(unit)
+    return store, mask
+
+
+def _coordinates(experiment: Experiment) -> xr.Dataset:
+    step = np.timedelta64(round(experiment.interval * 1e9), "ns")
+    meanings = {"flag_values": np.arange(len(KINDS), dtype=np.int8), "flag_meanings": " ".join(KINDS)}
+    return xr.Dataset(
+        {"true_shift": (("frame", "axis"), experiment.shifts, {"units": "pixel"})},
+        {
+            "time": ("frame", _START + step * np.arange(experiment.frames), {"long_name": "lab time"}),
+            "scan": ("frame", experiment.scan, {"long_name": "number of the scan"}),
+            "delay": ("frame", experiment.delay, {"units": "ps", "long_name": "pump-probe delay"}),
+            "kind": ("frame", experiment.kind, meanings),
+        },
+    )
+
+
+def _create(experiment: Experiment, store: Path, unit_frames: int) -> zarr.Array[Any]:
+    array = zarr.create_array(
+        store / "frames",
+        shape=(experiment.frames, *experiment.shape),
+        dtype=np.uint16,
+        chunks=(1, *experiment.shape),
+        shards=(unit_frames, *experiment.shape),
+        compressors=codec(),
+        dimension_names=("frame", "y", "x"),
+        attributes={"units": "count", "coordinates": "time scan delay kind"},
+        config={"write_empty_chunks": True},
+    )
+    with quiet_zarr():
+        zarr.consolidate_metadata(store)
+    return array
