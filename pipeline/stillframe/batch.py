@@ -1,43 +1,39 @@
-"""The resumable run: two stages over units, each unit durable before its task returns.
+"""The resumable run: two stages over units, register then align, going on where the last run ended.
 
-A unit's life, in this order, so that a kill at any moment leaves either a finished unit or one that is done again:
-withdraw the old record; remove the old shard; write the shard; make file and folders durable; publish the record.
-A record counts only while its fingerprint (input files, reference, settings of its stage, kernel) still holds.
+A unit is done again unless its record's fingerprint (input files, reference, settings of its stage, kernel) holds and
+its files are as recorded. The driver alone writes metadata, before any worker starts.
 """
 
 import errno
 import hashlib
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from stillframe.clusters import Executor, executor
+from stillframe.errors import RunStopped
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask, open_source
 from stillframe.lazy import align, make_reference, open_frames
-from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, Matches, match_frames, no_match
+from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, no_match
 from stillframe.ncc import Mask
 from stillframe.progress import Meter, log, log_to, progress_bar, warn, write_plan
 from stillframe.records import (
     Ledger,
-    Seal,
     Stage,
     UnitRecord,
     fingerprint,
-    from_matches,
     lease,
     write_durably,
 )
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
-from stillframe.resample import Interpolation, check_fill, output_dtype, resample_frames
+from stillframe.resample import check_fill, output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
 from stillframe.store import (
     ReferenceFile,
@@ -45,16 +41,12 @@ from stillframe.store import (
     save_reference,
     shifts_dataset,
     write_dataset,
-    write_unit,
 )
+from stillframe.tasks import AlignUnit, RegisterUnit
 from stillframe.units import Plan, Unit, make_plan
 
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """System errors that every further unit would meet too."""
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on now; what is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -79,81 +71,6 @@ class Result:
     def aligned(self) -> Path:
         """Zarr store of the aligned frames."""
         return self.folder / "aligned.zarr"
-
-
-@dataclass(frozen=True)
-class RegisterUnit:
-    """The task of the first stage; small, it travels with every unit."""
-
-    source: FrameSource
-    reference: ReferenceFile
-    folder: Path
-
-    def __call__(self, work: tuple[Unit, str]) -> UnitRecord:
-        """Register one unit durably and return its record."""
-        unit, mark = work
-        began, ledger = time.perf_counter(), Ledger(self.folder)
-        ledger.withdraw("register", unit.number)
-        reading = self.source.read(unit)
-        matches = _match_reading(reading.frames, reading.damaged, self.reference.load())
-        record = _record("register", unit, mark, began, problems=reading.problems, matches=from_matches(matches))
-        ledger.publish(record)
-        return record
-
-
-def _match_reading(frames: npt.NDArray[Any], damaged: npt.NDArray[np.bool_], reference: Reference) -> Matches:
-    matches = np.empty(len(frames), MATCH_DTYPE)
-    matches[damaged] = no_match(Flag.CORRUPT)
-    matches[~damaged] = match_frames(frames[~damaged] if damaged.any() else frames, reference)
-    return matches
-
-
-@dataclass(frozen=True)
-class AlignUnit:
-    """The task of the second stage."""
-
-    source: FrameSource
-    reference: ReferenceFile
-    folder: Path
-    interpolation: Interpolation
-    fill: float
-
-    def __call__(self, work: tuple[Unit, str, npt.NDArray[np.float64]]) -> UnitRecord:
-        """Align one unit durably and return its record."""
-        unit, mark, moves = work
-        began, ledger = time.perf_counter(), Ledger(self.folder)
-        ledger.withdraw("align", unit.number)
-        reading = self.source.read(unit)
-        moves = np.where(reading.damaged[:, None], np.nan, moves)
-        mask = self.reference.load().mask
-        frames = resample_frames(reading.frames, moves, mask, interpolation=self.interpolation, fill=self.fill)
-        files = write_unit(self.folder / "aligned.zarr", unit, frames)
-        record = _record("align", unit, mark, began, problems=reading.problems, files=files)
-        ledger.publish(record)
-        return record
-
-
-def _record(
-    stage: Stage,
-    unit: Unit,
-    mark: str,
-    began: float,
-    *,
-    problems: list[str],
-    matches: dict[str, list[float | None]] | None = None,
-    files: dict[str, Seal] | None = None,
-) -> UnitRecord:
-    return UnitRecord(
-        stage=stage,
-        unit=unit.number,
-        start=unit.start,
-        stop=unit.stop,
-        fingerprint=mark,
-        matches=matches,
-        files=files or {},
-        problems=problems,
-        seconds=round(time.perf_counter() - began, 3),
-    )
 
 
 def run(settings: Settings, client: Any = None) -> Result:
@@ -193,32 +110,30 @@ def run(settings: Settings, client: Any = None) -> Result:
     >>> result.frames, result.problems
     (4, [])
     """
+    _check_folder(settings)
     source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
     reference = _reference(settings, source)
     check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
-    _claim(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
     with lease(settings.out), log_to(settings.out / "run.log"), executor(settings, client) as workers:
         write_durably(settings.out / "settings.toml", settings.to_toml().encode())
         return _Run(settings, source, reference, workers).all_stages()
 
 
-def _claim(settings: Settings) -> None:
-    """Make the folder, or see that it is of a run on the same frames."""
+def _check_folder(settings: Settings) -> None:
+    """See that the folder is new, empty, or that of a run on the same frames."""
     out, stored = settings.out, settings.out / "settings.toml"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but a run needs a folder for its results. Choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    if not stored.exists():
-        strange = sorted(
-            path.name for path in out.iterdir() if not path.name.startswith(("lease.json", ".", "run.log"))
-        )
-        if strange:
-            raise ValueError(
-                f"{out} holds {', '.join(strange[:3])}, which no run wrote: nothing of it is touched. "
-                "Choose an empty or a new folder."
-            )
+    if stored.exists():
+        _same_run(read_toml(stored), settings)
         return
-    _same_run(read_toml(stored), settings)
+    strange = sorted(path.name for path in out.glob("*") if path.name not in ("lease.json", "run.log"))
+    if strange:
+        raise ValueError(
+            f"{out} holds {', '.join(strange[:3])}, which no run wrote: nothing of it is touched. "
+            "Choose an empty or a new folder."
+        )
 
 
 def _same_run(before: dict[str, Any], settings: Settings) -> None:

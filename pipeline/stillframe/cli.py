@@ -1,13 +1,16 @@
 """The command line: run, status, simulate, demo."""
 
+import functools
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+
+from stillframe.errors import LeaseError, RunStopped
 
 app = typer.Typer(
     help="Keep still what should be still: masked registration of stacks of detector frames.",
@@ -18,20 +21,31 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-EXIT_PROBLEMS, EXIT_INTERRUPTED = 1, 130
+EXIT_PROBLEMS, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+P = ParamSpec("P")
 
 
 def main() -> None:
-    """Run the command line; errors that have words are shown as words."""
+    """Run the command line."""
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except KeyboardInterrupt:
-        err.print("Stopped. What is finished is kept: give the same command again to go on.")
-        sys.exit(EXIT_INTERRUPTED)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        err.print(f"Error: {error}", markup=False)
-        sys.exit(2)
+    app()
+
+
+def told(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command tell errors and interruptions in words, each with its exit status."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            err.print("Stopped. What is finished is kept: give the same command again to go on.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
+            err.print(f"Error: {error}", markup=False)
+            raise typer.Exit(EXIT_REFUSED) from error
+
+    return wrapped
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
@@ -44,6 +58,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
+@told
 def run(
     frames: Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
@@ -84,6 +99,7 @@ def _tell(result: Any) -> None:
 
 
 @app.command()
+@told
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Tell how far a run is, from any shell, at any moment."""
     from stillframe.progress import print_status
@@ -93,6 +109,7 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> 
 
 
 @app.command()
+@told
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where frames.zarr and mask.npy go.")],
     frames: Annotated[int, typer.Option(min=1, help="Number of frames.")] = 200,
@@ -119,6 +136,7 @@ def simulate(
 
 
 @app.command()
+@told
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demonstration goes.")] = Path("stillframe-demo"),
 ) -> None:

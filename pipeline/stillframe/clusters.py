@@ -2,7 +2,10 @@
 
 import contextlib
 import itertools
+import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,21 +130,34 @@ def _budget(memory: int) -> int:
 
 @contextlib.contextmanager
 def _local(settings: Settings) -> Iterator[Any]:
-    """One single-threaded worker process per core, reachable from this machine alone, without a web page."""
+    """One single-threaded worker process per core, reachable from this machine alone."""
     from distributed import Client, LocalCluster
 
     workers = settings.workers or cores()
-    with (
-        LocalCluster(
+    with _deaf_to_interrupts():
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=_per_worker(settings, workers),
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+            silence_logs=logging.ERROR,
+        )
+    with cluster, Client(cluster) as client:
         yield client
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Let processes started here inherit that Ctrl-C is ignored: the driver hears it and stops them in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

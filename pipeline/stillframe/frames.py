@@ -101,10 +101,10 @@ class FrameSource:
         names = ("zarr.json", ".zarray")
         return "".join((self.path / name).read_text() for name in names if (self.path / name).exists())
 
-    def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
+    def __getitem__(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
         """Read frames, or raise ``OSError`` naming what cannot be read."""
-        rows = key[0] if isinstance(key, tuple) else key
-        start, stop, _ = rows.indices(self.shape[0])
+        chosen = range(self.shape[0])[key[0]]
+        start, stop = (chosen, chosen + 1) if isinstance(chosen, int) else (min(chosen), max(chosen) + 1)
         missing = self._missing(start, stop)
         if missing:
             raise FileNotFoundError(

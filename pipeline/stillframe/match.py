@@ -138,14 +138,14 @@ def usable_frames(
 ) -> npt.NDArray[np.bool_]:
     """Return which frames of a stack may enter an average: neither dark, nor corrupt, nor saturated.
 
-    Dark is told against the brightest of them.
+    Dark is told against the brightest of those that are neither corrupt nor saturated.
     """
     frames = native(array, "the stack of frames", 3)
     valid = as_mask(mask, (frames.shape[1], frames.shape[2]))
     limit = saturation_limit(frames.dtype, saturation)
     seen = [statistics(frame, valid, limit) for frame in frames]
-    brightest = max((one.mean for one in seen if not one.not_finite), default=0.0)
     count = int(np.count_nonzero(valid))
+    brightest = max((one.mean for one in seen if not _judge(one, count, 0.0)), default=0.0)
     return np.array([not _judge(one, count, brightest) for one in seen], dtype=np.bool_)
 
 

@@ -170,7 +170,7 @@ def flag_counts(folder: Path) -> Counter[str]:
     """Count the frames under each flag among those registered so far."""
     counts: Counter[str] = Counter()
     for record in Ledger(folder).records("register"):
-        values = [int(value or 0) for value in (record.matches or {}).get("flag", [])]
+        values = [int(value) for value in (record.matches or {}).get("flag", [])]
         counts.update(str(flag.name).lower() for value in values for flag in Flag if flag & value)
         counts["good"] += values.count(0)
     return counts

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pydantic
 
+from stillframe.errors import LeaseError
 from stillframe.match import MATCH_DTYPE, Matches
 from stillframe.units import Unit
 
@@ -91,7 +92,7 @@ class Seal(pydantic.BaseModel):
 class UnitRecord(pydantic.BaseModel):
     """What became of one unit in one stage."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     format: Literal[1] = 1
     """Version of this format."""
@@ -105,8 +106,8 @@ class UnitRecord(pydantic.BaseModel):
     """One past the last frame."""
     fingerprint: str
     """Hash of all that the result depends on."""
-    matches: dict[str, list[float | None]] | None = None
-    """Of the register stage: the kernel's fields, None for NaN."""
+    matches: dict[str, list[float]] | None = None
+    """Of the register stage: the kernel's fields."""
     files: dict[str, Seal] = {}
     """Of the align stage: what was written, relative to the run's folder."""
     problems: list[str] = []
@@ -119,16 +120,13 @@ class UnitRecord(pydantic.BaseModel):
         assert self.matches is not None
         out = np.empty(self.stop - self.start, MATCH_DTYPE)
         for name in MATCH_DTYPE.names or ():
-            out[name] = [np.nan if value is None else value for value in self.matches[name]]
+            out[name] = self.matches[name]
         return out
 
 
-def from_matches(matches: Matches) -> dict[str, list[float | None]]:
-    """Return the kernel's result as JSON holds it, exactly."""
-    return {
-        name: [None if value != value else value for value in matches[name].tolist()]
-        for name in MATCH_DTYPE.names or ()
-    }
+def from_matches(matches: Matches) -> dict[str, list[float]]:
+    """Return the kernel's result as a record holds it, exactly."""
+    return {name: matches[name].tolist() for name in MATCH_DTYPE.names or ()}
 
 
 class Ledger:
@@ -186,10 +184,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-class LeaseError(RuntimeError):
-    """Another driver works on this output."""
 
 
 def read_lease(folder: Path) -> dict[str, Any] | None:

@@ -203,6 +203,7 @@ def aligned_encoding(shape: tuple[int, ...], unit_frames: int, fill: float, dtyp
         "shards": (unit_frames, height, width),
         "compressors": (codec(),),
         "fill_value": dtype.type(fill),
+        "write_empty_chunks": True,
     }
 
 

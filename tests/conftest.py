@@ -1,0 +1,31 @@
+"""What several test modules share: one small simulated experiment, one real local cluster."""
+
+import pytest
+
+from stillframe.scene import Experiment
+from stillframe.simulate import simulate
+
+EXPERIMENT = Experiment(frames=24, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=10, seed=3)
+
+
+@pytest.fixture(scope="session")
+def experiment():
+    return EXPERIMENT
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory):
+    """Paths of the experiment's frames and mask; tests only read them."""
+    return simulate(EXPERIMENT, tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="session")
+def client():
+    """A real cluster of two worker processes."""
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

@@ -1,0 +1,383 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import stillframe as sf
+from stillframe.batch import run
+from stillframe.clusters import _PROCESS_BYTES, _SHARE
+from stillframe.errors import LeaseError, RunStopped
+from stillframe.flags import Flag
+from stillframe.frames import open_source
+from stillframe.records import lease
+from stillframe.scene import Experiment
+from stillframe.simulate import simulate
+from stillframe.units import unit_memory
+from synthetic import contents, store_frames, windows
+
+STORES = ("shifts.zarr", "aligned.zarr", "reference.zarr")
+
+
+def settings(stored, out, **options):
+    fields = {"frames": stored[0], "mask": stored[1], "out": out, "workers": 0, "unit_frames": 4, "max_shift": 12}
+    return sf.Settings(**(fields | options))
+
+
+def stores(folder):
+    return {name: contents(folder / name) for name in STORES}
+
+
+def records(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("units/*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stored, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = run(settings(stored, out))
+    assert not result.problems
+    return out
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "stillframe", *map(str, arguments)]
+
+
+def run_command(stored, out, *more):
+    frames, mask = stored
+    return command("run", frames, "--mask", mask, "--out", out, "--unit-frames", 4, "--max-shift", 12, *more)
+
+
+def test_a_run_finds_the_drift(undisturbed, experiment):
+    with xr.open_zarr(undisturbed / "shifts.zarr", chunks=None) as shifts:
+        good = shifts["flag"].values == 0
+        error = (shifts["shift"].values - experiment.shifts)[good]
+        flags = shifts["flag"].values
+    assert np.flatnonzero(flags).tolist() == [9, 19]
+    assert (flags[[9, 19]] == Flag.DARK).all()
+    assert np.abs(error - np.median(error, axis=0)).max() < 1
+
+
+def test_the_aligned_store_opens_alone_and_holds_the_moved_counts(undisturbed, stored, experiment):
+    with xr.open_zarr(undisturbed / "aligned.zarr", chunks=None) as aligned:
+        frames, applied = aligned["frames"].values, aligned["applied"].values
+        assert {"time", "scan", "delay", "kind"} <= set(aligned.coords)
+        assert aligned["frames"].attrs["interpolation"] == "nearest"
+    dy, dx = applied[5].astype(int)
+    raw = np.where(experiment.detector.mask, experiment.render(5), 0)
+    expected = np.zeros_like(raw)
+    inside = slice(max(0, dy), 96 + min(0, dy)), slice(max(0, dx), 80 + min(0, dx))
+    source = slice(max(0, -dy), 96 + min(0, -dy)), slice(max(0, -dx), 80 + min(0, -dx))
+    expected[inside] = raw[source]
+    np.testing.assert_array_equal(frames[5], expected)
+    assert not frames[9].any()
+
+
+def test_a_run_folder_holds_what_is_promised(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {*STORES, "settings.toml", "plan.json", "units", "run.log", "shifts.png"}
+    assert (undisturbed / "shifts.png").read_bytes()[:4] == b"\x89PNG"
+    assert "24 of 24 frames" in (undisturbed / "run.log").read_text()
+    assert len(list((undisturbed / "aligned.zarr" / "frames" / "c").iterdir())) == 6
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_bytes(workers, stored, undisturbed, tmp_path):
+    run(settings(stored, tmp_path / "run", workers=workers))
+    assert stores(tmp_path / "run") == stores(undisturbed)
+
+
+def test_a_given_client_gives_the_same_bytes(client, stored, undisturbed, tmp_path):
+    run(settings(stored, tmp_path / "run"), client)
+    assert stores(tmp_path / "run") == stores(undisturbed)
+    assert client.status == "running"
+
+
+def test_a_scheduler_is_found_by_address_and_by_file(client, stored, undisturbed, tmp_path):
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": client.scheduler.address}))
+    for number, scheduler in enumerate((client.scheduler.address, str(file))):
+        out = tmp_path / str(number)
+        assert subprocess.run(run_command(stored, out, "--scheduler", scheduler), check=False).returncode == 0
+        assert stores(out) == stores(undisturbed)
+
+
+def test_a_scheduler_that_does_not_answer_is_told(stored, tmp_path, monkeypatch):
+    with pytest.raises(ConnectionError, match="no dask scheduler answers at nonsense"):
+        run(settings(stored, tmp_path / "run", scheduler="nonsense"))
+
+
+def test_a_finished_run_is_not_done_again(stored, undisturbed, tmp_path):
+    before = records(undisturbed), stores(undisturbed)
+    run(settings(stored, undisturbed))
+    assert (records(undisturbed), stores(undisturbed)) == before
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(stored, undisturbed, tmp_path):
+    """Kill the driver and all its workers after ever more records; nothing that was finished is done again."""
+    out = tmp_path / "run"
+    for wanted in (1, 4, 7, 10):
+        process = subprocess.Popen(run_command(stored, out, "--workers", 1), start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(records(out)) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = records(out)
+        assert len(kept) >= wanted
+    run(settings(stored, out))
+    assert stores(out) == stores(undisturbed)
+    assert kept.items() <= records(out).items()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_says_how_to_go_on(number, stored, undisturbed, tmp_path):
+    """As from a terminal, the whole process group gets the signal."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        run_command(stored, out, "--workers", 1), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not records(out) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "What is finished is kept: give the same command again to go on." in words
+    assert "Traceback" not in words
+    assert not (out / "lease.json").exists()
+    run(settings(stored, out))
+    assert stores(out) == stores(undisturbed)
+
+
+def test_another_interpolation_redoes_only_the_alignment(stored, tmp_path):
+    out = tmp_path / "run"
+    run(settings(stored, out))
+    before = records(out)
+    run(settings(stored, out, interpolation="linear"))
+    changed = {path.parent.name for path, when in records(out).items() if before[path] != when}
+    assert changed == {"align"}
+    run(settings(stored, tmp_path / "fresh", interpolation="linear"))
+    assert stores(out) == stores(tmp_path / "fresh")
+
+
+def test_another_mask_redoes_everything(stored, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "mask.npy"
+    run(settings(stored, out))
+    np.save(other, sf.load_mask(stored[1]) & (np.arange(80) > 3))
+    run(settings(stored, out, mask=other))
+    run(settings(stored, tmp_path / "fresh", mask=other))
+    assert stores(out) == stores(tmp_path / "fresh")
+
+
+def test_another_unit_size_redoes_everything(stored, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    run(settings(stored, out, unit_frames=24))
+    run(settings(stored, out))
+    assert stores(out) == stores(undisturbed)
+
+
+def test_a_lost_shard_is_written_again(stored, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    run(settings(stored, out))
+    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+    run(settings(stored, out))
+    assert stores(out) == stores(undisturbed)
+
+
+@pytest.mark.parametrize("chunks", [(1, 96, 80), (5, 96, 80), (24, 96, 80), (3, 40, 33), (24, 10, 80)])
+def test_any_input_chunking_gives_the_same_shifts(chunks, stored, undisturbed, experiment, tmp_path, capfd):
+    frames = np.stack([experiment.render(i) for i in range(experiment.frames)])
+    store_frames(tmp_path / "frames.zarr", frames, chunks=chunks)
+    out = tmp_path / "run"
+    result = run(settings((tmp_path / "frames.zarr", stored[1]), out, unit_frames=None))
+    assert not result.problems
+    with xr.open_zarr(out / "shifts.zarr", chunks=None) as mine, xr.open_zarr(undisturbed / "shifts.zarr") as other:
+        np.testing.assert_array_equal(mine["shift"], other["shift"])
+    told = "each frame is spread over several chunks" in capfd.readouterr().err
+    assert told == (chunks[1:] != (96, 80))
+
+
+def test_frames_split_beyond_memory_are_put_together_in_parts(stored, experiment, tmp_path, capfd):
+    frames = np.stack([experiment.render(i) for i in range(experiment.frames)])
+    store_frames(tmp_path / "frames.zarr", frames, chunks=(24, 10, 80))
+    needed = unit_memory(open_source(tmp_path / "frames.zarr").layout, 8, 2, 12)
+    memory = (needed + _PROCESS_BYTES + 1) / _SHARE / 2**30
+    run(settings((tmp_path / "frames.zarr", stored[1]), tmp_path / "run", unit_frames=None, memory=memory))
+    told = capfd.readouterr().err
+    assert "units of 8 frames" in told
+    assert "decoded 3× per pass" in told
+    assert "more memory per worker" in told
+
+
+class TestBadInput:
+    def broken(self, stored, tmp_path):
+        """A copy of the frames in chunks of one, one of them missing and one torn."""
+        frames = np.stack([Experiment.render(self.EXPERIMENT, i) for i in range(12)])
+        path = store_frames(tmp_path / "frames.zarr", frames)
+        (path / "c" / "2" / "0" / "0").unlink()
+        torn = path / "c" / "9" / "0" / "0"
+        torn.write_bytes(torn.read_bytes()[:-100])
+        return path
+
+    EXPERIMENT = Experiment(frames=12, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=0, seed=3)
+
+    def test_unreadable_chunks_are_reported_and_the_others_go_on(self, stored, tmp_path):
+        path, out = self.broken(stored, tmp_path), tmp_path / "run"
+        done = subprocess.run(
+            run_command((path, stored[1]), out, "--reference", "0", "--workers", 1),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "frames 2–2: chunk c/2/0/0 is missing" in done.stderr
+        assert "frames 9–9: cannot be decoded" in done.stderr
+        with xr.open_zarr(out / "shifts.zarr", chunks=None) as shifts:
+            assert np.flatnonzero(shifts["flag"] == Flag.CORRUPT).tolist() == [2, 9]
+            assert np.flatnonzero(np.isnan(shifts["shift"][:, 0])).tolist() == [2, 9]
+        seen = subprocess.run(command("status", out), capture_output=True, text=True, check=False)
+        assert seen.returncode == 1
+        assert "problem: frames 2–2: chunk c/2/0/0 is missing" in seen.stdout
+
+    def test_mended_chunks_are_done_by_the_next_run(self, stored, tmp_path):
+        path, out = self.broken(stored, tmp_path), tmp_path / "run"
+        assert run(settings((path, stored[1]), out, reference="0")).problems
+        untouched = out / "units" / "register" / "000001.json"
+        before = untouched.stat().st_mtime_ns
+        array = __import__("zarr").open_array(path, mode="r+")
+        for index in (2, 9):
+            array[index] = self.EXPERIMENT.render(index)
+        assert not run(settings((path, stored[1]), out, reference="0")).problems
+        assert untouched.stat().st_mtime_ns == before
+        whole = store_frames(tmp_path / "whole.zarr", array[:])
+        run(settings((whole, stored[1]), tmp_path / "fresh", reference="0"))
+        with xr.open_zarr(out / "aligned.zarr") as mended, xr.open_zarr(tmp_path / "fresh" / "aligned.zarr") as fresh:
+            np.testing.assert_array_equal(mended["frames"], fresh["frames"])
+
+    def test_a_folder_of_another_run_is_refused(self, stored, undisturbed, tmp_path):
+        before = stores(undisturbed)
+        other = simulate(replace(self.EXPERIMENT, frames=4), tmp_path)
+        with pytest.raises(ValueError, match="holds the run of .*Choose another --out"):
+            run(settings(other, undisturbed))
+        assert stores(undisturbed) == before
+
+    def test_a_folder_of_another_kind_is_refused(self, stored, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(ValueError, match=r"holds thesis\.tex, which no run wrote: nothing of it is touched"):
+            run(settings(stored, tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+        with pytest.raises(ValueError, match="is a file, but a run needs a folder"):
+            run(settings(stored, tmp_path / "thesis.tex"))
+
+    def test_an_unknown_version_is_refused(self, stored, tmp_path):
+        (tmp_path / "settings.toml").write_text("version = 99\n")
+        with pytest.raises(ValueError, match="written with settings of version 99"):
+            run(settings(stored, tmp_path))
+
+    def test_a_second_driver_is_refused(self, stored, tmp_path):
+        (tmp_path / "run").mkdir()
+        with lease(tmp_path / "run"), pytest.raises(LeaseError, match=f"process {os.getpid()}"):
+            run(settings(stored, tmp_path / "run"))
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"reference": "0:99"}, "there are 24 frames"),
+            ({"reference": "99"}, "there are 24"),
+            ({"reference": "9"}, "no contrast|none is usable"),
+            ({"reference": "nowhere.tif"}, "does not exist"),
+            ({"max_shift": 80}, "Give at most 79"),
+            ({"fill": -1}, "cannot hold"),
+            ({"mask": "nowhere.npy"}, "does not exist"),
+            ({"memory": 0.01}, "give them more memory"),
+        ],
+    )
+    def test_settings_that_cannot_work_are_refused(self, stored, tmp_path, options, words):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            run(settings(stored, tmp_path / "run", **options))
+
+    def test_a_mask_of_another_shape_is_refused_before_anything_is_written(self, stored, tmp_path):
+        np.save(tmp_path / "mask.npy", np.ones((80, 96), bool))
+        with pytest.raises(ValueError, match=r"the mask has shape \(80, 96\) but the frames have \(96, 80\)"):
+            run(settings((stored[0], tmp_path / "mask.npy"), tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_no_space_stops_the_run_and_names_the_path(self, stored, tmp_path, monkeypatch):
+        def full(path, unit, frames):
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr("stillframe.tasks.write_unit", full)
+        with pytest.raises(RunStopped, match=r"No space left on device \(.*aligned\.zarr\).*run the same command"):
+            run(settings(stored, tmp_path / "run"))
+        assert not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_the_reference_comes_from_a_picture_or_another_run(stored, undisturbed, tmp_path):
+    reference = sf.load_reference(undisturbed / "reference.zarr")
+    np.save(tmp_path / "image.npy", reference.image)
+    for name in (tmp_path / "image.npy", undisturbed / "reference.zarr"):
+        out = tmp_path / name.stem
+        run(settings(stored, out, reference=str(name)))
+        assert contents(out / "shifts.zarr") == contents(undisturbed / "shifts.zarr")
+
+
+def test_without_a_mask_every_pixel_is_valid(tmp_path):
+    frames = store_frames(tmp_path / "frames.zarr", windows((64, 64), [(0, 0), (2, -3)]))
+    run(sf.Settings(frames=frames, out=tmp_path / "run", reference="0", max_shift=8, workers=0))
+    with xr.open_zarr(tmp_path / "run" / "shifts.zarr", chunks=None) as shifts:
+        assert np.rint(shifts["shift"].values).tolist() == [[0, 0], [2, -3]]
+        assert shifts["mask"].values.all()
+
+
+def test_settings_come_from_a_file_and_flags_go_before_it(stored, undisturbed, tmp_path):
+    given = settings(stored, tmp_path / "elsewhere", max_shift=3)
+    (tmp_path / "settings.toml").write_text(given.to_toml())
+    done = subprocess.run(
+        command("run", "--settings", tmp_path / "settings.toml", "--out", tmp_path / "run", "--max-shift", 12),
+        check=False,
+    )
+    assert done.returncode == 0
+    assert stores(tmp_path / "run") == stores(undisturbed)
+    assert "max_shift = 12" in (tmp_path / "run" / "settings.toml").read_text()
+
+
+def test_a_terminal_shows_rate_and_time_left(stored, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"COLUMNS": "120", "TERM": "xterm"}
+        os.execv(sys.executable, run_command(stored, tmp_path / "run", "--workers", 0))
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:
+            break
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert "24/24 frames" in text
+    assert re.search(r"[\d.e+]+ frames/s", text)
+    assert "left" in text
+
+
+def test_status_answers_during_and_after_a_run(stored, undisturbed, tmp_path):
+    after = subprocess.run(command("status", undisturbed), capture_output=True, text=True, check=True).stdout
+    assert after.count("24/24") == 2
+    assert "frames: 2 dark, 22 good" in after
+    assert "finished; nobody drives it" in after
+    with lease(undisturbed):
+        during = subprocess.run(command("status", undisturbed), capture_output=True, text=True, check=True).stdout
+    assert f"driven by process {os.getpid()}" in during
+    nothing = subprocess.run(command("status", tmp_path), capture_output=True, text=True, check=False)
+    assert nothing.returncode == 2
+    assert "holds no run that has begun" in nothing.stderr

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import tifffile
+import xarray as xr
+import zarr
+from PIL import Image
+
+from stillframe import load_mask, open_frames
+from stillframe.frames import frame_coordinates, open_source
+from stillframe.units import Unit
+from synthetic import store_frames
+
+
+@pytest.fixture
+def frames():
+    return np.random.default_rng(0).integers(0, 1000, size=(10, 12, 14)).astype(np.uint16)
+
+
+def test_an_array_a_group_and_either_format_open_alike(tmp_path, frames):
+    store_frames(tmp_path / "v3.zarr", frames)
+    store_frames(tmp_path / "v2.zarr", frames, zarr_format=2)
+    store_frames(tmp_path / "group.zarr" / "frames", frames)
+    store_frames(tmp_path / "named.zarr" / "images", frames, shards=(5, 12, 14))
+    zarr.open_group(tmp_path / "group.zarr", mode="a")
+    zarr.open_group(tmp_path / "named.zarr", mode="a")
+    for name in ("v3.zarr", "v2.zarr", "group.zarr", "group.zarr/frames", "named.zarr"):
+        source = open_source(tmp_path / name)
+        np.testing.assert_array_equal(source.read(Unit(0, 2, 7)).frames, frames[2:7])
+        np.testing.assert_array_equal(open_frames(tmp_path / name).values, frames)
+
+
+def test_coordinates_come_along(stored, experiment):
+    frames = open_frames(stored[0])
+    assert set(frames.coords) == {"time", "scan", "delay", "kind"}
+    assert frames["time"].dtype.kind == "M"
+    assert frames["kind"].values[:3].tolist() == ["pumped", "pumped", "unpumped"]
+    np.testing.assert_array_equal(frames["delay"], experiment.delay)
+    assert frames["delay"].attrs["units"] == "ps"
+
+
+def test_a_bare_array_has_no_coordinates(tmp_path, frames):
+    assert not frame_coordinates(open_source(store_frames(tmp_path / "a.zarr", frames)))
+
+
+def test_a_store_of_xarray_opens(tmp_path, frames):
+    stack = xr.Dataset({"images": (("shot", "y", "x"), frames)}, {"power": ("shot", np.arange(10.0))})
+    stack.to_zarr(tmp_path / "x.zarr", zarr_format=2)
+    opened = open_frames(tmp_path / "x.zarr")
+    np.testing.assert_array_equal(opened, frames)
+    np.testing.assert_array_equal(opened["power"], np.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda p: None, FileNotFoundError, "does not exist"),
+        (lambda p: p.mkdir(), ValueError, "not a Zarr array or group"),
+        (lambda p: p.write_bytes(b"x"), ValueError, "not a Zarr array or group"),
+        (lambda p: store_frames(p, np.zeros((4, 5)), chunks=(1, 5)), ValueError, r"frames are \(frame, y, x\)"),
+        (lambda p: store_frames(p, np.zeros((0, 5, 5)), chunks=(1, 5, 5)), ValueError, "nothing to register"),
+        (lambda p: store_frames(p, np.zeros((2, 5, 5), complex)), TypeError, "dtype complex128"),
+        (lambda p: zarr.open_group(p, mode="w"), ValueError, "holds no arrays"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+def test_what_is_no_stack_is_told(tmp_path, make, error, words):
+    make(tmp_path / "a.zarr")
+    with pytest.raises(error, match=words):
+        open_frames(tmp_path / "a.zarr")
+
+
+def test_two_stacks_are_one_too_many(tmp_path, frames):
+    zarr.open_group(tmp_path / "two.zarr", mode="w")
+    store_frames(tmp_path / "two.zarr" / "a", frames)
+    store_frames(tmp_path / "two.zarr" / "b", frames)
+    with pytest.raises(ValueError, match=r"Give the path of the array itself, for example .*two\.zarr/[ab]"):
+        open_frames(tmp_path / "two.zarr")
+
+
+class TestDamage:
+    """A missing or torn chunk is named; what can be read is read."""
+
+    @pytest.fixture
+    def path(self, tmp_path, frames):
+        return store_frames(tmp_path / "a.zarr", frames, chunks=(2, 12, 14))
+
+    def test_missing_chunk(self, path, frames):
+        (path / "c" / "1" / "0" / "0").unlink()
+        reading = open_source(path).read(Unit(0, 1, 9))
+        assert reading.damaged.tolist() == [False, True, True, False, False, False, False, False]
+        assert reading.problems == ["frames 2–3: chunk c/1/0/0 is missing"]
+        np.testing.assert_array_equal(reading.frames[~reading.damaged], frames[1:9][~reading.damaged])
+
+    def test_missing_chunk_as_fill(self, path):
+        (path / "c" / "1" / "0" / "0").unlink()
+        reading = open_source(path, missing_chunks="fill").read(Unit(0, 0, 10))
+        assert not reading.damaged.any()
+        assert not reading.frames[2:4].any()
+
+    def test_torn_chunk(self, path):
+        file = path / "c" / "2" / "0" / "0"
+        file.write_bytes(file.read_bytes()[:-20])
+        reading = open_source(path).read(Unit(0, 0, 10))
+        assert np.flatnonzero(reading.damaged).tolist() == [4, 5]
+        assert "frames 4–5: cannot be decoded" in reading.problems[0]
+
+    def test_lazy_reading_names_the_frames(self, path):
+        (path / "c" / "1" / "0" / "0").unlink()
+        frames = open_frames(path, chunk_frames=2)
+        frames[:2].compute()
+        with pytest.raises(FileNotFoundError, match=r"frames 2–3 .*chunk c/1/0/0 is missing.*missing_chunks='fill'"):
+            frames[2:4].compute(scheduler="sync")
+
+    def test_identity_changes_with_the_file(self, path):
+        source = open_source(path)
+        before = source.identity(0, 4)
+        assert [name for name, _, _ in before] == ["c/0/0/0", "c/1/0/0"]
+        (path / "c" / "1" / "0" / "0").unlink()
+        assert source.identity(0, 4)[0] == before[0]
+        assert source.identity(0, 4)[1] == ("c/1/0/0", -1, -1)
+
+
+class TestMask:
+    MASK = np.array([[True, False, True], [True, True, False]])
+
+    @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32])
+    @pytest.mark.parametrize("kind", ["npy", "tif", "png", "zarr"])
+    def test_is_read_from_every_kind(self, tmp_path, kind, dtype):
+        path, values = tmp_path / f"mask.{kind}", self.MASK.astype(dtype)
+        if kind == "npy":
+            np.save(path, values)
+        elif kind == "tif":
+            tifffile.imwrite(path, values.astype(np.uint8) * 255)
+        elif kind == "png":
+            Image.fromarray(values.astype(np.uint8) * 255).save(path)
+        else:
+            zarr.save_array(path, values)
+        loaded = load_mask(path)
+        assert loaded.dtype == bool
+        np.testing.assert_array_equal(loaded, self.MASK)
+
+    def test_comes_out_of_a_group(self, tmp_path):
+        zarr.save_group(tmp_path / "g.zarr", mask=self.MASK)
+        np.testing.assert_array_equal(load_mask(tmp_path / "g.zarr"), self.MASK)
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            (np.zeros((3, 3), bool), "False everywhere"),
+            (np.arange(9).reshape(3, 3), "8 different values"),
+            (np.ones(4, bool), r"a mask is \(y, x\)"),
+            (np.full((3, 3), "a"), "not booleans"),
+        ],
+    )
+    def test_that_is_none_is_told(self, tmp_path, values, words):
+        np.save(tmp_path / "mask.npy", values)
+        with pytest.raises(ValueError, match=words):
+            load_mask(tmp_path / "mask.npy")
+
+    def test_that_cannot_be_read_is_told(self, tmp_path):
+        (tmp_path / "mask.png").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match="cannot be read as an image"):
+            load_mask(tmp_path / "mask.png")
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            load_mask(tmp_path / "nowhere.npy")

@@ -1,0 +1,245 @@
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillframe import Flag, Reference, masked_ncc, match_frames
+from stillframe.match import MATCH_DTYPE, usable_frames
+from stillframe.search import Search, statistics
+from strategies import seeds
+from synthetic import blocked, texture, windows
+
+SHIFTS = [(0, 0), (3, -5), (-8, 8), (7, 2)]
+
+
+def shifts_of(matches):
+    return [(float(m["dy"]), float(m["dx"])) for m in matches]
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return windows((96, 80), SHIFTS)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return blocked((96, 80))
+
+
+@pytest.fixture(scope="module")
+def reference(frames, mask):
+    return Reference(frames[0], mask, max_shift=12)
+
+
+def test_every_frame_is_found_under_a_static_mask(frames, reference, mask):
+    matches = match_frames(np.where(mask, frames, 7), reference)
+    assert matches.dtype == MATCH_DTYPE
+    assert shifts_of(matches) == SHIFTS
+    assert not matches["flag"].any()
+    assert matches["score"][0] == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(matches["intensity"], [frame[mask].mean() for frame in frames])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(9, 60), st.integers(9, 60)),
+    part=st.floats(0, 0.99),
+    bad=st.sampled_from([0, 0.01, 0.3]),
+    block=st.booleans(),
+    ratio=st.sampled_from([0.1, 0.5]),
+    seed=seeds,
+)
+def test_the_prepared_search_gives_the_scores_of_masked_ncc(shape, part, bad, block, ratio, seed):
+    """Single precision and every shortcut against double precision, for holes of all kinds and any window."""
+    rng = np.random.default_rng(seed)
+    image, frame = rng.poisson(texture(shape, seed % 1000)), rng.poisson(texture(shape, seed % 1000 + 1))
+    mask = blocked(shape, seed, bad) if block else rng.random(shape) >= bad
+    radius = int(part * (min(shape) - 1))
+    ncc, overlap = Search(image, mask, radius, ratio).surface(frame, statistics(frame, mask, np.inf).mean)
+    exact = masked_ncc(image, frame, mask, mask, max_shift=radius, overlap_ratio=ratio).ncc
+    np.testing.assert_array_equal(np.isnan(ncc), np.isnan(exact))
+    np.testing.assert_allclose(ncc, exact, atol=1e-5)
+    assert overlap[radius, radius] == np.count_nonzero(mask)
+
+
+def test_holes_are_the_same_one_by_one_and_in_a_box(monkeypatch):
+    image, frame = windows((64, 70), [(0, 0), (2, 3)])
+    mask = blocked((64, 70), bad=0.05)
+    mean = statistics(frame, mask, np.inf).mean
+    usual = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
+    monkeypatch.setattr("stillframe.search._MOST_POINTS", 0)
+    boxed = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
+    np.testing.assert_allclose(boxed, usual, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i4", ">u4", "u8", "f4", ">f8", "f2"])
+def test_any_real_dtype_gives_the_same_shifts(dtype):
+    frames = windows((64, 48), SHIFTS, counts=0.3)
+    cast = frames.astype(dtype)
+    cast.flags.writeable = False
+    reference = Reference(cast[0], max_shift=9)
+    assert shifts_of(match_frames(cast, reference)) == SHIFTS
+    np.testing.assert_array_equal(cast, frames)
+
+
+@pytest.mark.parametrize("shape", [(33, 65), (64, 31), (101, 47)])
+def test_odd_and_oblong_frames(shape):
+    frames = windows(shape, SHIFTS)
+    assert shifts_of(match_frames(frames, Reference(frames[0], max_shift=9))) == SHIFTS
+
+
+@pytest.mark.parametrize("pedestal", [0, 1, 1e3, 1e4, 1e5, 1e6])
+def test_no_pedestal_changes_a_shift(pedestal, frames, mask):
+    raised = frames.astype(np.float64) + pedestal
+    matches = match_frames(raised, Reference(raised[0], mask, max_shift=12))
+    assert shifts_of(matches) == SHIFTS
+    assert matches["score"][1] == pytest.approx(match_frames(frames, Reference(frames[0], mask))["score"][1], abs=1e-5)
+
+
+def test_a_gain_changes_nothing(frames, reference):
+    found = match_frames(3.5 * frames[1:2], reference)
+    assert shifts_of(found) == SHIFTS[1:2]
+    assert found["score"] == pytest.approx(match_frames(frames[1:2], reference)["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_garbage_under_the_mask_changes_nothing(garbage, frames, mask):
+    floats = frames.astype(np.float64)
+    spoiled = np.where(mask, floats, garbage)
+    clean = match_frames(floats, Reference(floats[0], mask, max_shift=12))
+    np.testing.assert_array_equal(match_frames(spoiled, Reference(spoiled[0], mask, max_shift=12)), clean)
+
+
+def test_swapping_the_roles_negates_the_shift(frames, mask):
+    for frame, shift in zip(frames, SHIFTS, strict=True):
+        back = match_frames(frames[:1], Reference(frame, mask, max_shift=12))
+        assert shifts_of(back) == [(-shift[0], -shift[1])]
+
+
+def test_a_frame_does_not_depend_on_its_company(frames, reference):
+    together = match_frames(frames, reference)
+    alone = np.concatenate([match_frames(frames[i : i + 1], reference) for i in range(len(frames))])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_masks_of_single_frames(frames, reference, mask):
+    masks = np.stack([blocked(mask.shape, seed=i, bad=0.1) for i in range(len(frames))])
+    spoiled = np.where(masks, frames.astype(float), np.nan)
+    matches = match_frames(spoiled, reference, masks=masks)
+    assert shifts_of(matches) == SHIFTS
+    for frame, own, match in zip(frames, masks, matches, strict=True):
+        ncc = masked_ncc(reference.image, frame, mask, own, max_shift=12).ncc
+        assert match["score"] == pytest.approx(np.nanmax(ncc), abs=1e-5)
+
+
+def test_the_static_mask_given_for_every_frame_is_the_same(frames, reference, mask):
+    usual, general = match_frames(frames, reference), match_frames(frames, reference, masks=mask)
+    for name in MATCH_DTYPE.names:
+        np.testing.assert_allclose(general[name], usual[name], atol=1e-6)
+
+
+def test_overlap_is_a_part_of_the_valid_pixels(frames):
+    reference = Reference(frames[0], max_shift=12)
+    height, width = reference.shape
+    expected = [(height - abs(y)) * (width - abs(x)) / (height * width) for y, x in SHIFTS]
+    np.testing.assert_allclose(match_frames(frames, reference)["overlap"], expected)
+
+
+class TestFrames:
+    """What cannot be registered says why, and has no shift."""
+
+    @pytest.mark.parametrize(
+        ("spoil", "flag"),
+        [
+            (lambda f: 0 * f, Flag.DARK),
+            (lambda f: 0 * f + 7, Flag.DARK),
+            (lambda f: f // 300, Flag.DARK),
+            (lambda f: 0 * f + 65535, Flag.SATURATED),
+            (lambda f: np.where(f > np.median(f), 65535, f), Flag.SATURATED),
+            (lambda f: np.where(np.arange(f.size).reshape(f.shape) == f.size - 1, np.nan, f), Flag.CORRUPT),
+            (lambda f: np.where(np.arange(f.size).reshape(f.shape) == f.size - 1, -np.inf, f), Flag.CORRUPT),
+            (lambda f: np.random.default_rng(5).poisson(100, f.shape), Flag.LOW_SCORE),
+        ],
+    )
+    def test_are_flagged_with_the_reason(self, spoil, flag, frames, reference):
+        spoiled = spoil(frames[1])
+        spoiled = spoiled if spoiled.dtype.kind == "f" else spoiled.astype(np.uint16)
+        (match,) = match_frames(spoiled[None], reference)
+        assert Flag(int(match["flag"])) == flag
+        assert np.isnan([match["dy"], match["dx"], match["sigma_y"], match["sigma_x"]]).all()
+
+    def test_beyond_the_window_are_at_the_edge(self, frames, mask):
+        (match,) = match_frames(frames[1:2], Reference(frames[0], mask, max_shift=3))
+        assert Flag(int(match["flag"])) & (Flag.AT_EDGE | Flag.LOW_SCORE)
+        assert np.isnan(match["dx"])
+
+    def test_saturate_where_it_is_stated(self, frames, mask):
+        reference = Reference(frames[0], mask, max_shift=12, saturation=float(np.percentile(frames[0], 60)))
+        assert (match_frames(frames, reference)["flag"] == Flag.SATURATED).all()
+
+    def test_are_sorted_before_an_average(self, frames, mask):
+        stack = np.concatenate([frames, 0 * frames[:1], np.full_like(frames[:1], 65535)])
+        np.testing.assert_array_equal(usable_frames(stack, mask), [True] * 4 + [False] * 2)
+
+
+class TestReference:
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "words"),
+        [
+            ((np.ones((8, 8)),), {"max_shift": 2}, ValueError, "no contrast"),
+            ((np.eye(8),), {"max_shift": 8}, ValueError, "Give at most 7"),
+            ((np.eye(8),), {"max_shift": -1}, ValueError, "negative"),
+            ((np.eye(8) + 1j,), {"max_shift": 2}, TypeError, "complex"),
+            ((np.where(np.eye(8), np.nan, 1),), {"max_shift": 2}, ValueError, "8 valid pixels that are NaN"),
+            ((np.eye(8), np.zeros((8, 8), bool)), {"max_shift": 2}, ValueError, "False everywhere"),
+            ((np.eye(8), np.ones((8, 9), bool)), {"max_shift": 2}, ValueError, "belongs to one detector"),
+        ],
+    )
+    def test_that_cannot_work_is_refused(self, arguments, options, error, words):
+        with pytest.raises(error, match=words):
+            Reference(*arguments, **options)
+
+    def test_travels_as_its_fields_alone(self, reference, frames):
+        match_frames(frames, reference)
+        image, mask = reference.image, reference.mask
+        packed = pickle.dumps(reference)
+        assert len(packed) < image.nbytes + mask.nbytes + 2000
+        back = pickle.loads(packed)
+        assert back.digest == reference.digest
+        np.testing.assert_array_equal(match_frames(frames, back), match_frames(frames, reference))
+
+    def test_digest_changes_with_everything(self, frames, mask):
+        variants = [
+            Reference(frames[0], mask),
+            Reference(frames[1], mask),
+            Reference(frames[0]),
+            Reference(frames[0], mask, max_shift=9),
+            Reference(frames[0], mask, overlap_ratio=0.4),
+            Reference(frames[0], mask, saturation=9.0),
+            Reference(frames[0].astype("f4"), mask),
+        ]
+        assert len({one.digest for one in variants}) == len(variants)
+
+    def test_cannot_be_written(self, reference):
+        with pytest.raises(ValueError, match="read-only"):
+            reference.image[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("stack", "masks", "error", "words"),
+    [
+        (np.zeros((3, 5, 5)), None, ValueError, "the same detector"),
+        (np.zeros((96, 80)), None, ValueError, r"\(frame, y, x\) is needed"),
+        (np.zeros((1, 96, 80), object), None, TypeError, "dtype object"),
+        (np.zeros((2, 96, 80)), np.ones((3, 96, 80), bool), ValueError, "one mask per frame"),
+    ],
+)
+def test_a_wrong_stack_is_told(stack, masks, error, words, reference):
+    with pytest.raises(error, match=words):
+        match_frames(stack, reference, masks=masks)
+
+
+def test_an_empty_stack_gives_no_matches(reference):
+    assert len(match_frames(np.zeros((0, 96, 80)), reference)) == 0
