@@ -64,14 +64,15 @@ def test_the_prepared_search_gives_the_scores_of_masked_ncc(shape, part, bad, bl
     assert overlap[radius, radius] == np.count_nonzero(mask)
 
 
-def test_holes_are_the_same_one_by_one_and_in_a_box(monkeypatch):
+@pytest.mark.parametrize(("limit", "value"), [("_MOST_RUNS", 0), ("_TILE", 40)])
+def test_every_way_of_summing_gives_the_same(monkeypatch, limit, value):
     image, frame = windows((64, 70), [(0, 0), (2, 3)])
     mask = blocked((64, 70), bad=0.05)
     mean = statistics(frame, mask, np.inf).mean
     usual = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
-    monkeypatch.setattr("stillframe.search._MOST_POINTS", 0)
-    boxed = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
-    np.testing.assert_allclose(boxed, usual, atol=1e-6)
+    monkeypatch.setattr(f"stillframe.search.{limit}", value)
+    other = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
+    np.testing.assert_allclose(other, usual, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i4", ">u4", "u8", "f4", ">f8", "f2"])

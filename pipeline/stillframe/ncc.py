@@ -96,7 +96,7 @@ def masked_ncc(
     other, other_mask = _prepare(moving, moving_mask, "the moving image")
     check_options(max_shift, overlap_ratio)
     lags = [Lags.between(n, k, max_shift) for n, k in zip(fixed.shape, other.shape, strict=True)]
-    correlate = _Correlator(fixed.shape, other.shape, lags)
+    correlate = Correlator(fixed.shape, other.shape, lags)
     ncc = _score(correlate, (fixed, fixed_mask), (other, other_mask), overlap_ratio)
     return MaskedNCC(ncc, *(np.arange(axis.first, axis.last + 1) for axis in lags))
 
@@ -120,7 +120,7 @@ def _prepare(image: npt.ArrayLike, mask: npt.ArrayLike | None, what: str) -> tup
     return np.where(valid, values - values.mean(where=valid), 0), valid
 
 
-class _Correlator:
+class Correlator:
     """Cross-correlations Σ a(x) b(x − lag) of images of two fixed shapes at bounded lags."""
 
     def __init__(self, fixed: tuple[int, ...], other: tuple[int, ...], lags: list[Lags]) -> None:
@@ -138,7 +138,7 @@ class _Correlator:
         return np.asarray(full[self.index])
 
 
-def _score(correlate: _Correlator, fixed: tuple[Image, Mask], other: tuple[Image, Mask], overlap_ratio: float) -> Image:
+def _score(correlate: Correlator, fixed: tuple[Image, Mask], other: tuple[Image, Mask], overlap_ratio: float) -> Image:
     """Padfield's equation 10 from six correlations, in his notation: 1 fixed, 2 moving."""
     f1, m1, f1f1 = (correlate.spectrum(a) for a in (fixed[0], fixed[1], fixed[0] ** 2))
     f2, m2, f2f2 = (correlate.spectrum(a) for a in (other[0], other[1], other[0] ** 2))

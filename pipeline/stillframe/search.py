@@ -2,35 +2,37 @@
 
 Padfield's equation 10 (doi 10.1109/TIP.2011.2181402) needs six correlations a frame. With a static mask and
 a fixed reference three of them never change, and two are sums of the frame over the mask's window: a box sum,
-read from the frame's border strips, less the sum over the mask's holes. Only one full correlation is left. Of
-it only 2·max_shift + 1 rows are wanted, so the inverse transform along x runs on those alone, and a circular
-length of N + max_shift keeps every wanted shift free of aliasing. The in-mask mean is removed first: the score
-does not change, and single precision suffices whatever the pedestal.
+read from the frame's border strips, less the sum over the mask's holes, read run by run from prefix sums of rows.
+Only one correlation is left. It is cut into tiles of the reference, each seeing its part of the frame and
+max_shift pixels around, with all products summed before a single inverse transform: short transforms that stay in
+the cache, and exactly the wanted shifts. The in-mask mean is removed first: the score does not change, and single
+precision suffices whatever the pedestal.
 
 Inside this module lags are those of ``frame(p + lag)``, the negative of the shift that is applied to a frame.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
-import scipy.ndimage
 
-from stillframe.ncc import Image, Lags, Mask, WindowSums, normalize
+from stillframe.ncc import Correlator, Image, Lags, Mask, WindowSums, normalize
 
 Float32 = npt.NDArray[np.float32]
 Complex64 = npt.NDArray[np.complex64]
+Sums = npt.NDArray[np.float64]
 
-_COLUMNS = 32
-"""Columns transformed along y at a time: a block of them stays in the second-level cache."""
-_SCATTERED = 16
-"""A hole of at most this many pixels is summed pixel by pixel, a larger one through its bounding box."""
-_MOST_POINTS = 8192
-"""Beyond this many scattered pixels one correlation over the box costs less."""
+_TILE = 640
+"""Transforms of about this length, squared, fit the second-level cache."""
+_MOST_RUNS = 8192
+"""Beyond this many runs of invalid pixels two more correlations cost less than going through them."""
 
 
 class Statistics(NamedTuple):
@@ -91,80 +93,97 @@ def _centre(
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_points(values: Float32, points: npt.NDArray[np.int64], radius: int, out: npt.NDArray[np.float64]) -> None:
-    """Add ``values(point + lag)`` and its square to ``out[:, lag]`` for every point, lags outside the image being 0."""
-    height, width = values.shape
-    for k in range(points.shape[0]):
-        top, left = points[k, 0] - radius, points[k, 1] - radius
-        for i in range(max(0, -top), min(2 * radius + 1, height - top)):
-            for j in range(max(0, -left), min(2 * radius + 1, width - left)):
-                value = np.float64(values[top + i, left + j])
-                out[0, i, j] += value
-                out[1, i, j] += value * value
+def _add_runs(values: Float32, runs: npt.NDArray[np.int64], radius: int, out: Sums) -> None:
+    """Add the sums of values and of their squares over each run of pixels moved by each lag to ``out[:, lag]``.
+
+    ``values`` is padded by the radius with zeros; ``runs`` are (row, first, stop) of the image without padding.
+    """
+    size = 2 * radius + 1
+    prefix, prefix_squares = np.zeros(values.shape[1] + 1), np.zeros(values.shape[1] + 1)
+    for y in range(values.shape[0]):
+        first, last = np.searchsorted(runs[:, 0], y - 2 * radius), np.searchsorted(runs[:, 0], y + 1)
+        if first == last:
+            continue
+        total, total_squares = 0.0, 0.0
+        for x in range(values.shape[1]):
+            value = np.float64(values[y, x])
+            total += value
+            total_squares += value * value
+            prefix[x + 1] = total
+            prefix_squares[x + 1] = total_squares
+        for k in range(first, last):
+            lag, begin, end = y - runs[k, 0], runs[k, 1], runs[k, 2]
+            sums, squares = out[0, lag], out[1, lag]
+            ends, begins = prefix[end : end + size], prefix[begin : begin + size]
+            for j in range(size):
+                sums[j] += ends[j] - begins[j]
+            ends, begins = prefix_squares[end : end + size], prefix_squares[begin : begin + size]
+            for j in range(size):
+                squares[j] += ends[j] - begins[j]
+
+
+def runs_of(invalid: Mask) -> npt.NDArray[np.int64]:
+    """Return the horizontal runs of True as (row, first, stop), in order.
+
+    Examples
+    --------
+    >>> runs_of(np.array([[True, True, False, True], [False, False, False, False]]))
+    array([[0, 0, 2],
+           [0, 3, 4]])
+    """
+    padded = np.pad(invalid.astype(np.int8), ((0, 0), (1, 1)))
+    steps = np.diff(padded, axis=1)
+    rows, first = np.nonzero(steps == 1)
+    _, stop = np.nonzero(steps == -1)
+    return np.stack([rows, first, stop], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
-class Holes:
-    """The invalid pixels of a mask, laid out so that sums over them at bounded lags are cheap."""
+class Tiles:
+    """An image prepared for correlation with many frames at lags within ±radius."""
 
-    mask: Mask
+    image: npt.NDArray[Any]
     radius: int
 
-    @cached_property
-    def points(self) -> npt.NDArray[np.int64]:
-        """Scattered invalid pixels (n, 2)."""
-        return np.argwhere(self._scattered)
+    def _split(self, length: int) -> tuple[int, int]:
+        """Tile length along an axis, and that of its transform, which holds the tile and its surroundings."""
+        longest = max(_TILE, 8 * self.radius)
+        count = math.ceil(length / (longest - 2 * self.radius))
+        tile = math.ceil(length / count)
+        return tile, int(scipy.fft.next_fast_len(tile + 2 * self.radius, real=True))
 
     @cached_property
-    def _scattered(self) -> Mask:
-        labels, count = scipy.ndimage.label(~self.mask)
-        sizes = np.bincount(labels.ravel(), minlength=count + 1)
-        small = (sizes <= _SCATTERED)[labels] & ~self.mask
-        return small if np.count_nonzero(small) <= _MOST_POINTS else np.zeros_like(self.mask)
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        split = [self._split(length) for length in self.image.shape]
+        return (split[0][0], split[1][0]), (split[0][1], split[1][1])
+
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        tile, _ = self._sizes
+        starts = (range(0, length, step) for length, step in zip(self.image.shape, tile, strict=True))
+        return ((slice(y, y + tile[0]), slice(x, x + tile[1])) for y, x in product(*starts))
 
     @cached_property
-    def box(self) -> tuple[slice, slice] | None:
-        """Bounding box of the other invalid pixels; None where there are none."""
-        large = ~self.mask & ~self._scattered
-        boxes = scipy.ndimage.find_objects(large.astype(np.int8))
-        return (boxes[0][0], boxes[0][1]) if boxes and boxes[0] else None
+    def _spectra(self) -> list[Complex64]:
+        """Conjugate half spectra of the tiles."""
+        shape = self._sizes[1]
+        tiles = (self.image[place].astype(np.float64) for place in self._places())
+        return [np.conj(scipy.fft.rfft2(tile, s=shape)).astype(np.complex64) for tile in tiles]
 
-    @cached_property
-    def _window(self) -> tuple[tuple[slice, slice], tuple[int, int], tuple[int, int]]:
-        """The box grown by the radius: its part inside the image, where that starts in it, and its FFT shape."""
-        assert self.box is not None
-        grown = [(side.start - self.radius, side.stop + self.radius) for side in self.box]
-        inside = [slice(max(0, a), min(n, b)) for (a, b), n in zip(grown, self.mask.shape, strict=True)]
-        start = [part.start - a for part, (a, _) in zip(inside, grown, strict=True)]
-        size = [int(scipy.fft.next_fast_len(b - a, real=True)) for a, b in grown]
-        return (inside[0], inside[1]), (start[0], start[1]), (size[0], size[1])
+    def prepare(self) -> None:
+        """Compute the spectra now."""
+        _ = self._spectra
 
-    @cached_property
-    def _spectrum(self) -> Complex64:
-        hole = (~self.mask & ~self._scattered)[self.box]
-        return np.conj(scipy.fft.rfft2(hole.astype(np.float32), s=self._window[2])).astype(np.complex64)
-
-    def sums(self, values: Float32) -> npt.NDArray[np.float64]:
-        """Sums of values and of their squares over the holes moved by each lag, (2, 2·radius+1, 2·radius+1)."""
-        size = 2 * self.radius + 1
-        out = np.zeros((2, size, size))
-        if self.points.size:
-            _add_points(values, self.points, self.radius, out)
-        if self.box is not None:
-            out += self._box_sums(values)
-        return out
-
-    def _box_sums(self, values: Float32) -> npt.NDArray[np.float64]:
-        inside, start, shape = self._window
-        part = values[inside]
-        padded = np.zeros((2, *shape), np.float32)
-        target = padded[:, start[0] : start[0] + part.shape[0], start[1] : start[1] + part.shape[1]]
-        target[0] = part
-        np.square(part, out=target[1])
-        product = scipy.fft.rfft2(padded, axes=(1, 2), overwrite_x=True) * self._spectrum
-        size = 2 * self.radius + 1
-        sums = scipy.fft.irfft2(product, s=shape, axes=(1, 2), overwrite_x=True)[:, :size, :size]
-        return np.asarray(sums, dtype=np.float64)
+    def correlate(self, padded: Float32) -> Sums:
+        """Return Σ image(p) frame(p + lag), (2·radius+1, 2·radius+1), of a frame padded by the radius with zeros."""
+        shape, around = self._sizes[1], 2 * self.radius
+        total = np.zeros((shape[0], shape[1] // 2 + 1), np.complex64)
+        for (rows, columns), spectrum in zip(self._places(), self._spectra, strict=True):
+            part = padded[rows.start : rows.stop + around, columns.start : columns.stop + around]
+            product = scipy.fft.rfft2(part, s=shape)
+            product *= spectrum
+            total += product
+        lags = scipy.fft.irfft2(total, s=shape, overwrite_x=True)[: around + 1, : around + 1]
+        return lags.astype(np.float64)
 
 
 def _edges(length: int, radius: int) -> npt.NDArray[np.int64]:
@@ -187,8 +206,10 @@ class Search:
 
     def prepare(self) -> None:
         """Compute now what every frame needs, so that threads find it ready."""
-        _ = self._spectrum, self.reference_sums, self._box_edges
-        self._holes.sums(np.zeros(self.mask.shape, np.float32))
+        self._tiles.prepare()
+        _ = self.reference_sums, self._box_edges, self._runs
+        if self._mask_tiles:
+            self._mask_tiles.prepare()
 
     @cached_property
     def _centred(self) -> Image:
@@ -196,28 +217,21 @@ class Search:
         return np.where(self.mask, self.image.astype(np.float64) - mean, 0)
 
     @cached_property
-    def _lags(self) -> Lags:
-        return Lags(-self.radius, self.radius)
+    def _tiles(self) -> Tiles:
+        return Tiles(self._centred, self.radius)
 
     @cached_property
-    def _rows(self) -> npt.NDArray[np.int64]:
+    def _runs(self) -> npt.NDArray[np.int64]:
+        return runs_of(~self.mask)
+
+    @cached_property
+    def _mask_tiles(self) -> Tiles | None:
+        """The mask as an image, where it has more holes than are gone through one by one."""
+        return Tiles(self.mask, self.radius) if len(self._runs) > _MOST_RUNS else None
+
+    @cached_property
+    def _lags(self) -> npt.NDArray[np.int64]:
         return np.arange(-self.radius, self.radius + 1)
-
-    @cached_property
-    def _lengths(self) -> tuple[int, int]:
-        height, width = self.mask.shape
-        return int(scipy.fft.next_fast_len(height + self.radius)), self._lags.fft_length(width, width)
-
-    @cached_property
-    def _spectrum(self) -> Complex64:
-        """Conjugate half spectrum of the reference, stored (block, y, column) as it is read."""
-        length_y, length_x = self._lengths
-        spectrum = scipy.fft.fft(scipy.fft.rfft(self._centred, n=length_x, axis=1), n=length_y, axis=0)
-        return np.ascontiguousarray(spectrum.conj(), dtype=np.complex64)
-
-    @cached_property
-    def _holes(self) -> Holes:
-        return Holes(self.mask, self.radius)
 
     @cached_property
     def _box_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -231,13 +245,10 @@ class Search:
 
     def sums_under(self, frame_mask: Mask) -> WindowSums:
         """Overlap and the reference's window sums under any frame mask, each (2·radius+1, 2·radius+1)."""
-        height, width = self.mask.shape
-        shape = [self._lags.fft_length(n, n) for n in (height, width)]
-        other = scipy.fft.rfft2(frame_mask.astype(np.float64), s=shape)
-        index = np.ix_(self._rows, self._rows)
-        images = (self.mask.astype(np.float64), self._centred, self._centred**2)
-        spectra = (scipy.fft.rfft2(image, s=shape) for image in images)
-        overlap, total, squares = (scipy.fft.irfft2(other * one.conj(), s=shape)[index] for one in spectra)
+        correlate = Correlator(self.mask.shape, self.mask.shape, [Lags(-self.radius, self.radius)] * 2)
+        other = correlate.spectrum(frame_mask)
+        images = (self.mask, self._centred, self._centred**2)
+        overlap, total, squares = (correlate(other, correlate.spectrum(image)) for image in images)
         return WindowSums(np.rint(overlap), total, squares)
 
     def surface(self, frame: npt.NDArray[Any], mean: float, frame_mask: Mask | None = None) -> tuple[Image, Image]:
@@ -247,41 +258,37 @@ class Search:
         """
         valid = self.mask if frame_mask is None else frame_mask
         fixed = self.reference_sums if frame_mask is None else self.sums_under(frame_mask)
-        values, blocks = self._centre_frame(frame, valid, mean)
-        total, squares = self._box_sums(blocks) - self._holes.sums(values)
-        product = self._product(values)
-        ncc = normalize(product, fixed, WindowSums(fixed.overlap, total, squares), self.overlap_ratio)
+        padded, blocks = self._centre_frame(frame, valid, mean)
+        total, squares = self._window_sums(padded, blocks)
+        own = WindowSums(fixed.overlap, total, squares)
+        ncc = normalize(self._tiles.correlate(padded), fixed, own, self.overlap_ratio)
         return ncc[::-1, ::-1], fixed.overlap[::-1, ::-1]
 
-    def _centre_frame(
-        self, frame: npt.NDArray[Any], valid: Mask, mean: float
-    ) -> tuple[Float32, npt.NDArray[np.float64]]:
-        values = np.empty(frame.shape, np.float32)
+    def _centre_frame(self, frame: npt.NDArray[Any], valid: Mask, mean: float) -> tuple[Float32, Sums]:
+        """Return the frame less its mean, padded by the radius, and its sums between the border strips."""
+        height, width = frame.shape
+        padded = np.zeros((height + 2 * self.radius, width + 2 * self.radius), np.float32)
+        inside = padded[self.radius : self.radius + height, self.radius : self.radius + width]
         blocks = np.zeros((2, *(len(edges) - 1 for edges in self._box_edges)))
-        _centre(frame, valid, mean, self._box_edges, values, blocks)
-        return values, blocks
+        _centre(frame, valid, mean, self._box_edges, inside, blocks)
+        return padded, blocks
 
-    def _box_sums(self, blocks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def _window_sums(self, padded: Float32, blocks: Sums) -> Sums:
+        """Sums of the frame and of its squares over the mask moved by each lag."""
+        if self._mask_tiles:
+            return np.stack([self._mask_tiles.correlate(padded), self._mask_tiles.correlate(padded**2)])
+        holes = np.zeros((2, len(self._lags), len(self._lags)))
+        _add_runs(padded, self._runs, self.radius, holes)
+        return self._box_sums(blocks) - holes
+
+    def _box_sums(self, blocks: Sums) -> Sums:
         """Sums over the image's rectangle moved by each lag, from the sums between its border strips."""
         table = np.pad(blocks.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
         bounds = []
         for edges, length in zip(self._box_edges, self.mask.shape, strict=True):
-            first = np.clip(self._rows, 0, length)
-            last = np.clip(length + self._rows, first, length)
+            first = np.clip(self._lags, 0, length)
+            last = np.clip(length + self._lags, first, length)
             bounds.append((np.searchsorted(edges, first), np.searchsorted(edges, last)))
         (top, bottom), (left, right) = bounds
         across = table[:, :, right] - table[:, :, left]
         return np.asarray(across[:, bottom] - across[:, top])
-
-    def _product(self, values: Float32) -> Image:
-        """Correlation of the centred frame with the centred reference at the wanted lags."""
-        length_y, length_x = self._lengths
-        rows = scipy.fft.rfft(values, n=length_x, axis=1)
-        wanted = np.empty((len(self._rows), rows.shape[1]), np.complex64)
-        for start in range(0, rows.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
-            block = scipy.fft.fft(rows[:, columns], n=length_y, axis=0)
-            block *= self._spectrum[:, columns]
-            wanted[:, columns] = scipy.fft.ifft(block, axis=0, overwrite_x=True)[self._rows]
-        lags = scipy.fft.irfft(wanted, n=length_x, axis=1)[:, self._rows]
-        return lags.astype(np.float64)

@@ -1,0 +1,61 @@
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+
+
+def stillframe(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "stillframe", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+def test_simulate_then_what_it_says(tmp_path):
+    made = stillframe("simulate", tmp_path / "sim", "--frames", 6, "--height", 64, "--width", 80, "--pattern", "spots")
+    assert made.returncode == 0
+    line = re.search(r"Next: stillframe (run .*)", made.stdout)[1].split()
+    done = stillframe(*line, "--reference", "0", "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    assert "6 frames" in done.stdout
+    with xr.open_zarr(tmp_path / "sim" / "run" / "shifts.zarr", chunks=None) as shifts:
+        assert shifts["shift"].shape == (6, 2)
+
+
+def test_the_demonstration_tells_the_truth(tmp_path):
+    shown = stillframe("demo", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    masked, plain = (
+        re.search(rf"{name}.*?(\d+)\s+([\d.]+)\s+([\d.]+)", shown.stdout) for name in ("masked", "without")
+    )
+    assert max(float(masked[2]), float(masked[3])) < min(float(plain[2]), float(plain[3])) / 2
+    assert (tmp_path / "stillframe-demo" / "run" / "aligned.zarr").is_dir()
+    with (
+        xr.open_zarr(tmp_path / "stillframe-demo" / "run" / "shifts.zarr", chunks=None) as shifts,
+        xr.open_zarr(tmp_path / "stillframe-demo" / "frames.zarr", chunks=None) as truth,
+    ):
+        error = (shifts["shift"] - truth["true_shift"].values).values
+    rms = np.sqrt(np.nanmean((error - np.nanmedian(error, axis=0)) ** 2, axis=0))
+    np.testing.assert_allclose(rms, [float(masked[2]), float(masked[3])], atol=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "nowhere.zarr", "--out", "run"), "nowhere.zarr does not exist. Check the path"),
+        (("run", "--out", "run"), "frames: field required"),
+        (("run", "a.zarr", "--out", "run", "--interpolation", "best"), "interpolation = 'best'"),
+        (("run", "--settings", "nowhere.toml"), "nowhere.toml"),
+        (("status", "."), "holds no run that has begun"),
+        (("simulate", "x", "--pattern", "stripes"), "Choose rings or spots"),
+        (("simulate", "x", "--height", "2"), "16"),
+    ],
+)
+def test_mistakes_are_told_in_words(arguments, words, tmp_path):
+    done = stillframe(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
