@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from racers import race
 from stillframe.errors import LeaseError
 from stillframe.match import MATCH_DTYPE, no_match
 from stillframe.records import (
@@ -168,13 +169,3 @@ class TestLease:
         for racer in racers:
             racer.join()
         assert got == [False, False, False, True]
-
-
-def race(folder, start, answers):
-    start.wait()
-    try:
-        with lease(folder):
-            answers.put(True)
-            time.sleep(2)
-    except LeaseError:
-        answers.put(False)
