@@ -77,6 +77,34 @@ def test_two_stacks_are_one_too_many(tmp_path, frames):
         open_frames(tmp_path / "two.zarr")
 
 
+def test_stored_names_of_axes_are_heeded(tmp_path, frames):
+    square = np.zeros((12, 12, 12), np.uint16)
+    stack = xr.Dataset({"frames": (("frame", "y", "x"), square)}, {"y": np.arange(12.0), "x": np.arange(12.0)})
+    stack["power"] = ("frame", np.arange(12.0))
+    stack.to_zarr(tmp_path / "named.zarr", zarr_format=2)
+    assert set(open_frames(tmp_path / "named.zarr").coords) == {"power"}
+    stack.transpose("y", "x", "frame").to_zarr(tmp_path / "turned.zarr", zarr_format=2)
+    with pytest.raises(ValueError, match=r"stored as \(y, x, frame\)"):
+        open_frames(tmp_path / "turned.zarr")
+
+
+def test_odd_coordinates_do_no_harm(tmp_path, frames):
+    stack = xr.Dataset({"frames": (("frame", "y", "x"), frames)})
+    stack["quality"] = ("frame", np.arange(10, dtype="i1"), {"flag_masks": [1, 2], "flag_meanings": "a b"})
+    stack["score"] = ("frame", np.arange(10.0))
+    stack["power"] = ("frame", np.arange(10.0) + 1)
+    stack.to_zarr(tmp_path / "a.zarr", zarr_format=2)
+    (tmp_path / "a.zarr" / "power" / "0").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="power is left out: it cannot be read"):
+        opened = open_frames(tmp_path / "a.zarr")
+    assert set(opened.coords) == {"quality", "stored_score"}
+
+
+def test_a_misspelt_choice_is_told(tmp_path, frames):
+    with pytest.raises(ValueError, match="Choose report or fill"):
+        open_frames(store_frames(tmp_path / "a.zarr", frames), missing_chunks="ignore")
+
+
 class TestDamage:
     """A missing or torn chunk is named; what can be read is read."""
 
@@ -139,6 +167,12 @@ class TestMask:
         assert loaded.dtype == bool
         np.testing.assert_array_equal(loaded, self.MASK)
 
+    def test_of_a_palette_is_not_inverted(self, tmp_path):
+        picture = Image.fromarray(np.where(self.MASK, 0, 1).astype(np.uint8), mode=None).convert("P")
+        picture.putpalette([255, 255, 255, 0, 0, 0])
+        picture.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(load_mask(tmp_path / "mask.png"), self.MASK)
+
     def test_comes_out_of_a_group(self, tmp_path):
         zarr.save_group(tmp_path / "g.zarr", mask=self.MASK)
         np.testing.assert_array_equal(load_mask(tmp_path / "g.zarr"), self.MASK)
@@ -148,7 +182,7 @@ class TestMask:
         [
             (np.zeros((3, 3), bool), "False everywhere"),
             (np.arange(9).reshape(3, 3), "8 different values"),
-            (np.ones(4, bool), r"a mask is \(y, x\)"),
+            (np.ones(4, bool), r"one picture \(y, x\) is needed"),
             (np.full((3, 3), "a"), "not booleans"),
         ],
     )

@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillframe import Flag, Reference, masked_ncc, match_frames
-from stillframe.match import MATCH_DTYPE, usable_frames
+from stillframe.average import usable_frames
+from stillframe.match import MATCH_DTYPE
 from stillframe.search import Search, statistics
 from strategies import seeds
 from synthetic import blocked, texture, windows
@@ -57,7 +59,7 @@ def test_the_prepared_search_gives_the_scores_of_masked_ncc(shape, part, bad, bl
     image, frame = rng.poisson(texture(shape, seed % 1000)), rng.poisson(texture(shape, seed % 1000 + 1))
     mask = blocked(shape, seed, bad) if block else rng.random(shape) >= bad
     radius = int(part * (min(shape) - 1))
-    ncc, overlap = Search(image, mask, radius, ratio).surface(frame, statistics(frame, mask, np.inf).mean)
+    ncc, overlap = Search(image, mask, radius, ratio).surface(frame, statistics(frame, mask, np.inf))
     exact = masked_ncc(image, frame, mask, mask, max_shift=radius, overlap_ratio=ratio).ncc
     np.testing.assert_array_equal(np.isnan(ncc), np.isnan(exact))
     np.testing.assert_allclose(ncc, exact, atol=1e-5)
@@ -68,10 +70,10 @@ def test_the_prepared_search_gives_the_scores_of_masked_ncc(shape, part, bad, bl
 def test_every_way_of_summing_gives_the_same(monkeypatch, limit, value):
     image, frame = windows((64, 70), [(0, 0), (2, 3)])
     mask = blocked((64, 70), bad=0.05)
-    mean = statistics(frame, mask, np.inf).mean
-    usual = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
+    seen = statistics(frame, mask, np.inf)
+    usual = Search(image, mask, 9, 0.3).surface(frame, seen)[0]
     monkeypatch.setattr(f"stillframe.search.{limit}", value)
-    other = Search(image, mask, 9, 0.3).surface(frame, mean)[0]
+    other = Search(image, mask, 9, 0.3).surface(frame, seen)[0]
     np.testing.assert_allclose(other, usual, atol=1e-6)
 
 
@@ -91,7 +93,7 @@ def test_odd_and_oblong_frames(shape):
     assert shifts_of(match_frames(frames, Reference(frames[0], max_shift=9))) == SHIFTS
 
 
-@pytest.mark.parametrize("pedestal", [0, 1, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("pedestal", [0, 1, 1e3, 1e4, 1e5, 1e6, -200, -1e5])
 def test_no_pedestal_changes_a_shift(pedestal, frames, mask):
     raised = frames.astype(np.float64) + pedestal
     matches = match_frames(raised, Reference(raised[0], mask, max_shift=12))
@@ -99,8 +101,9 @@ def test_no_pedestal_changes_a_shift(pedestal, frames, mask):
     assert matches["score"][1] == pytest.approx(match_frames(frames, Reference(frames[0], mask))["score"][1], abs=1e-5)
 
 
-def test_a_gain_changes_nothing(frames, reference):
-    found = match_frames(3.5 * frames[1:2], reference)
+@pytest.mark.parametrize("gain", [1.0, 3.5, 1e17, 1e25, 1e40])
+def test_a_gain_changes_nothing(gain, frames, reference):
+    found = match_frames(gain * frames[1:2], reference)
     assert shifts_of(found) == SHIFTS[1:2]
     assert found["score"] == pytest.approx(match_frames(frames[1:2], reference)["score"], abs=1e-6)
 
@@ -139,6 +142,37 @@ def test_the_static_mask_given_for_every_frame_is_the_same(frames, reference, ma
     usual, general = match_frames(frames, reference), match_frames(frames, reference, masks=mask)
     for name in MATCH_DTYPE.names:
         np.testing.assert_allclose(general[name], usual[name], atol=1e-6)
+
+
+def test_a_brilliant_pixel_leaves_the_scores_exact(frames):
+    """Where windows without it must be scored beside windows with it, single precision is not enough."""
+    image, frame = frames[0].astype(np.float64), frames[1].astype(np.float64)
+    image[2, 3] = frame[2, 3] = 1e8
+    mask = np.ones(image.shape, bool)
+    ncc, _ = Search(image, mask, 12, 0.3).surface(frame, statistics(frame, mask, np.inf))
+    np.testing.assert_allclose(ncc, masked_ncc(image, frame, max_shift=12).ncc, atol=1e-5)
+
+
+def test_a_frame_that_never_meets_the_reference_is_flagged(frames, reference):
+    masks = np.ones(frames.shape, bool)
+    masks[1], masks[2] = False, False
+    masks[2, 0, 0] = True
+    matches = match_frames(frames, reference, masks=masks)
+    assert shifts_of(matches)[::3] == SHIFTS[::3]
+    assert Flag(int(matches["flag"][1])) == Flag.CORRUPT
+    assert matches["flag"][2]
+    assert np.isnan(matches["dy"][1:3]).all()
+
+
+def test_memory_is_that_of_a_few_frames_whatever_the_stack():
+    stack = np.broadcast_to(windows((256, 256), [(0, 0)])[0].astype(">u2"), (40, 256, 256)).copy()
+    reference = Reference(stack[0], max_shift=8)
+    match_frames(stack[:1], reference)
+    tracemalloc.start()
+    match_frames(stack, reference)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * stack[0].nbytes < stack.nbytes / 2
 
 
 def test_overlap_is_a_part_of_the_valid_pixels(frames):
@@ -192,6 +226,7 @@ class TestReference:
             ((np.ones((8, 8)),), {"max_shift": 2}, ValueError, "no contrast"),
             ((np.eye(8),), {"max_shift": 8}, ValueError, "Give at most 7"),
             ((np.eye(8),), {"max_shift": -1}, ValueError, "negative"),
+            ((np.eye(8),), {"max_shift": 2.0}, TypeError, "integer"),
             ((np.eye(8) + 1j,), {"max_shift": 2}, TypeError, "complex"),
             ((np.where(np.eye(8), np.nan, 1),), {"max_shift": 2}, ValueError, "8 valid pixels that are NaN"),
             ((np.eye(8), np.zeros((8, 8), bool)), {"max_shift": 2}, ValueError, "False everywhere"),

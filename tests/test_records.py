@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import socket
@@ -14,6 +13,7 @@ from stillframe.errors import LeaseError
 from stillframe.match import MATCH_DTYPE, no_match
 from stillframe.records import (
     STALE,
+    Holder,
     Ledger,
     Seal,
     UnitRecord,
@@ -130,12 +130,19 @@ def test_fingerprints_differ_with_every_part():
     assert len({fingerprint(base), fingerprint({**base, "a": 2}), fingerprint({**base, "c": None})}) == 3
 
 
+def put(folder, **changes):
+    """Write a lease of this process, but for the changes."""
+    file = folder / "lease.json"
+    file.write_text(Holder.me().model_copy(update=changes).model_dump_json())
+    return file
+
+
 class TestLease:
     def test_is_exclusive_and_names_the_holder(self, tmp_path):
         with lease(tmp_path):
             with pytest.raises(LeaseError, match=f"process {os.getpid()} on {socket.gethostname()}"), lease(tmp_path):
                 pass
-            assert read_lease(tmp_path)["pid"] == os.getpid()
+            assert read_lease(tmp_path).pid == os.getpid()
         assert read_lease(tmp_path) is None
         with lease(tmp_path):
             pass
@@ -144,13 +151,31 @@ class TestLease:
         gone = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
         gone.start()
         gone.join()
-        (tmp_path / "lease.json").write_text(json.dumps({"host": socket.gethostname(), "pid": gone.pid}))
+        put(tmp_path, pid=gone.pid)
         with lease(tmp_path):
-            assert read_lease(tmp_path)["pid"] == os.getpid()
+            assert read_lease(tmp_path).pid == os.getpid()
+
+    def test_of_a_process_number_used_again_is_void(self, tmp_path):
+        put(tmp_path, born=1.0)
+        with lease(tmp_path):
+            pass
+
+    @pytest.mark.parametrize("content", ["", "[1]", '{"host": "a"}', '{"pid": "x"}', "\x00"])
+    def test_that_is_none_is_void(self, tmp_path, content):
+        (tmp_path / "lease.json").write_text(content)
+        with lease(tmp_path):
+            pass
+
+    def test_that_was_taken_over_is_noticed_and_left_alone(self, tmp_path):
+        with lease(tmp_path) as mine:
+            mine.check()
+            other = put(tmp_path, host="elsewhere")
+            with pytest.raises(LeaseError, match="another driver took over"):
+                mine.check()
+        assert other.exists()
 
     def test_of_another_machine_is_void_when_it_gives_no_sign(self, tmp_path):
-        file = tmp_path / "lease.json"
-        file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "then"}))
+        file = put(tmp_path, host="elsewhere", pid=1, since="then")
         with pytest.raises(LeaseError, match="process 1 on elsewhere since then"), lease(tmp_path):
             pass
         long_ago = time.time() - STALE - 1

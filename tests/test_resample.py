@@ -102,6 +102,9 @@ def test_a_frame_moved_off_the_detector_is_fill_alone():
     ("dtype", "interpolation", "expected"),
     [
         ("u2", "nearest", "u2"),
+        ("?", "nearest", "u1"),
+        (">f2", "nearest", "f4"),
+        ("g", "linear", "f8"),
         ("u2", "linear", "f4"),
         ("i4", "cubic", "f8"),
         ("f4", "nearest", "f4"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillframe.batch import run
+    from stillframe.errors import LeaseError, RunStopped
     from stillframe.flags import Flag
     from stillframe.frames import load_mask
     from stillframe.lazy import align, make_reference, open_frames, register
@@ -18,7 +19,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Flag": "flags",
+    "LeaseError": "errors",
     "Reference": "reference",
+    "RunStopped": "errors",
     "Settings": "settings",
     "align": "lazy",
     "load_mask": "frames",
@@ -34,7 +37,9 @@ _HOME = {
 
 __all__ = [
     "Flag",
+    "LeaseError",
     "Reference",
+    "RunStopped",
     "Settings",
     "align",
     "load_mask",

@@ -5,48 +5,43 @@ its files are as recorded. The driver alone writes metadata, before any worker s
 """
 
 import errno
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from stillframe.clusters import Executor, executor
 from stillframe.errors import RunStopped
 from stillframe.flags import Flag
-from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask, open_source
-from stillframe.lazy import align, make_reference, open_frames
+from stillframe.frames import FrameSource, frame_coordinates, open_source
+from stillframe.lazy import align, open_frames
 from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, no_match
-from stillframe.ncc import Mask
+from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.progress import Meter, log, log_to, progress_bar, warn, write_plan
-from stillframe.records import (
-    Ledger,
-    Stage,
-    UnitRecord,
-    fingerprint,
-    lease,
-    write_durably,
-)
+from stillframe.records import STAGES, Lease, Ledger, Stage, UnitRecord, digest_of, fingerprint, lease, write_durably
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
 from stillframe.resample import check_fill, output_dtype
-from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
+from stillframe.settings import Settings
 from stillframe.store import (
     ReferenceFile,
     load_reference,
     save_reference,
+    seal_aligned,
     shifts_dataset,
     write_dataset,
 )
 from stillframe.tasks import AlignUnit, RegisterUnit
-from stillframe.units import Plan, Unit, make_plan
+from stillframe.units import Plan, Unit
 
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """System errors that every further unit would meet too."""
+
+Moves = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -110,75 +105,15 @@ def run(settings: Settings, client: Any = None) -> Result:
     >>> result.frames, result.problems
     (4, [])
     """
-    _check_folder(settings)
+    check_folder(settings)
     source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
-    reference = _reference(settings, source)
+    reference = prepare_reference(settings, source)
     check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    with lease(settings.out), log_to(settings.out / "run.log"), executor(settings, client) as workers:
-        write_durably(settings.out / "settings.toml", settings.to_toml().encode())
-        return _Run(settings, source, reference, workers).all_stages()
-
-
-def _check_folder(settings: Settings) -> None:
-    """See that the folder is new, empty, or that of a run on the same frames."""
-    out, stored = settings.out, settings.out / "settings.toml"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, but a run needs a folder for its results. Choose another --out.")
-    if stored.exists():
-        _same_run(read_toml(stored), settings)
-        return
-    strange = sorted(path.name for path in out.glob("*") if path.name not in ("lease.json", "run.log"))
-    if strange:
-        raise ValueError(
-            f"{out} holds {', '.join(strange[:3])}, which no run wrote: nothing of it is touched. "
-            "Choose an empty or a new folder."
-        )
-
-
-def _same_run(before: dict[str, Any], settings: Settings) -> None:
-    version = before.get("version")
-    if version != SETTINGS_VERSION:
-        raise ValueError(
-            f"{settings.out} was written with settings of version {version}, this is version {SETTINGS_VERSION}. "
-            "Use the stillframe that wrote it, or another folder."
-        )
-    earlier = make_settings(before).frames
-    if earlier != settings.frames:
-        raise ValueError(
-            f"{settings.out} holds the run of {earlier}, not of {settings.frames}: their results would mix. "
-            "Choose another --out."
-        )
-
-
-def _reference(settings: Settings, source: FrameSource) -> Reference:
-    """Make the reference the settings ask for."""
-    mask = None if settings.mask is None else load_mask(settings.mask)
-    options = {name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation")}
-    frames = open_frames(settings.frames, chunk_frames=1, missing_chunks=settings.missing_chunks)
-    wish = settings.reference.strip()
-    if re.fullmatch(r"\d+", wish):
-        return make_reference(frames, mask, use=int(wish), **options)
-    if re.fullmatch(r"\d*:\d*(:\d+)?", wish):
-        bounds = [int(part) if part else None for part in wish.split(":")]
-        return make_reference(frames, mask, use=slice(*bounds), **options)
-    return _same_shape(_reference_file(Path(wish).expanduser(), mask, options), source)
-
-
-def _reference_file(path: Path, mask: Mask | None, options: dict[str, Any]) -> Reference:
-    if (path / "zarr.json").exists() and (path / "image").exists():
-        stored = load_reference(path)
-        return Reference(stored.image, stored.mask if mask is None else mask, **options)
-    return make_reference(load_image(path), mask, **options)
-
-
-def _same_shape(reference: Reference, source: FrameSource) -> Reference:
-    if reference.shape != source.shape[1:]:
-        raise ValueError(
-            f"the reference has shape {reference.shape} but the frames have {source.shape[1:]}: they must come from "
-            "the same detector. Crop or bin both alike."
-        )
-    return reference
+    with executor(settings, client) as workers:
+        plan = prepare_plan(settings, source, workers.budget)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        with lease(settings.out) as held, log_to(settings.out / "run.log"):
+            return _Run(settings, source, reference, plan, workers, held).all_stages()
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,27 +123,22 @@ class _Run:
     settings: Settings
     source: FrameSource
     reference: Reference
+    plan: Plan
     workers: Executor
+    held: Lease
 
     def all_stages(self) -> Result:
         """Register, publish the shifts, align, draw."""
-        plan = self._plan()
-        self._ledger.prepare()
-        write_plan(self._out, plan)
+        self._begin()
         stored = self._store_reference()
-        log.info(
-            "%s: %d frames in %d units on %s",
-            self.source.path,
-            plan.frames,
-            len(plan.units),
-            self.workers.name,
-        )
         with progress_bar() as bar:
-            failed = self._stage("register", RegisterUnit(self.source, stored, self._out), self._to_register(plan), bar)
-            shifts, problems = self._collect(plan)
-            failed += self._align(plan, shifts, stored, bar)
-        problems = list(dict.fromkeys([*failed, *problems]))
-        return self._finish(plan, shifts, problems)
+            register = RegisterUnit(self.source, stored, self._out)
+            failed = self._stage("register", register, [(unit, self._mark(unit)) for unit in self.plan.units], bar)
+            shifts, problems = self._collect()
+            self._create_aligned(shifts)
+            work = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
+            failed += self._stage("align", work, self._to_align(shifts["shift"].values), bar)
+        return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
 
     @property
     def _out(self) -> Path:
@@ -226,21 +156,38 @@ class _Run:
     def _fill(self) -> float:
         return check_fill(self.settings.fill, self._dtype)
 
-    def _plan(self) -> Plan:
-        plan = make_plan(
-            self.source.layout,
-            budget=self.workers.budget,
-            output_itemsize=self._dtype.itemsize,
-            max_shift=self.reference.max_shift,
-            unit_frames=self.settings.unit_frames,
-        )
-        if self.source.split:
-            warn(
-                f"each frame is spread over several chunks {self.source.array.chunks}: units of {plan.unit_frames} "
-                f"frames are put together in memory, and each chunk is decoded {plan.decodes}× per pass"
-                + ("." if plan.decodes == 1 else "; more memory per worker (--memory) makes that fewer.")
-            )
-        return plan
+    def _begin(self) -> None:
+        """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
+        write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
+        self._ledger.prepare()
+        write_plan(self._out, self.plan)
+        units = len(self.plan.units)
+        log.info("%s: %d frames in %d units on %s", self.source.path, self.plan.frames, units, self.workers.name)
+        stale = self._take_back()
+        if stale:
+            log.info("%d unit records are out of date or tell of problems: those units are done again", stale)
+
+    def _take_back(self) -> int:
+        """Withdraw every record that no longer holds; return how many."""
+        units, ledger = {unit.number: unit for unit in self.plan.units}, self._ledger
+        stale: list[tuple[Stage, int]] = [
+            (stage, number)
+            for stage in STAGES
+            for number in ledger.numbers(stage)
+            if number not in units or not self._holds(stage, units[number])
+        ]
+        for stage, number in stale:
+            ledger.withdraw(stage, number)
+        return len(stale)
+
+    def _holds(self, stage: Stage, unit: Unit) -> bool:
+        """Tell whether a unit's record is still good; an alignment waits for its registration to be judged."""
+        registered = self._ledger.finished("register", unit, self._mark(unit))
+        if stage == "register" or registered is None:
+            return stage == "align" or registered is not None
+        matches = registered.to_matches()
+        moves = np.stack([matches["dy"], matches["dx"]], axis=1)
+        return self._ledger.finished("align", unit, self._align_mark(unit, moves)) is not None
 
     def _store_reference(self) -> ReferenceFile:
         """Keep the stored reference if it is the same, so that a resumed run changes nothing."""
@@ -251,11 +198,8 @@ class _Run:
             known = ""
         return ReferenceFile(path, known) if known == self.reference.digest else save_reference(self.reference, path)
 
-    def _to_register(self, plan: Plan) -> list[tuple[Unit, str]]:
-        return [(unit, self._mark(unit, stage="register")) for unit in plan.units]
-
     def _mark(self, unit: Unit, **parts: Any) -> str:
-        """Fingerprint of what a unit's result depends on in either stage."""
+        """Fingerprint of what a unit's registration depends on."""
         common = {
             "kernel": KERNEL_VERSION,
             "reference": self.reference.digest,
@@ -266,104 +210,81 @@ class _Run:
         }
         return fingerprint(common | parts)
 
+    def _align_mark(self, unit: Unit, moves: Moves) -> str:
+        """Fingerprint of what a unit's aligned frames depend on."""
+        return self._mark(
+            unit,
+            shifts=digest_of(moves),
+            interpolation=self.settings.interpolation,
+            fill=repr(self._fill),
+            layout=(self.plan.frames, self.plan.unit_frames),
+        )
+
+    def _to_align(self, moves: Moves) -> list[tuple[Unit, str, Moves]]:
+        parts = ((unit, moves[unit.start : unit.stop]) for unit in self.plan.units)
+        return [(unit, self._align_mark(unit, mine), mine) for unit, mine in parts]
+
     def _stage(
         self, stage: Stage, work: Callable[[Any], UnitRecord], items: Sequence[tuple[Any, ...]], bar: Any
     ) -> list[str]:
         """Work on the units that are not finished; return what went wrong."""
         todo = [item for item in items if self._ledger.finished(stage, item[0], item[1]) is None]
-        stale = [item[0] for item in todo if self._ledger.path(stage, item[0].number).exists()]
-        if stale:
-            log.info("%s: %d units are out of date or had problems and are done again", stage, len(stale))
-        for unit in stale:
-            self._ledger.withdraw(stage, unit.number)
         total = sum(item[0].stop - item[0].start for item in items)
         left = sum(item[0].stop - item[0].start for item in todo)
         meter = Meter(bar, stage, total, total - left)
         problems = []
         for (unit, *_), outcome in self.workers.results(work, todo):
-            problems += _problems(stage, unit, outcome)
+            self.held.check()
+            problems += self._problems(stage, unit, outcome)
             meter.add(unit)
         return problems
 
-    def _collect(self, plan: Plan) -> tuple[xr.Dataset, list[str]]:
-        """Gather the records into the dataset of shifts and write it; units without a record are corrupt."""
-        matches = np.empty(plan.frames, MATCH_DTYPE)
-        matches[:] = no_match(Flag.CORRUPT)
+    def _problems(self, stage: Stage, unit: Unit, outcome: UnitRecord | BaseException) -> list[str]:
+        """Say what went wrong with a unit; stop the run where every other unit would meet the same."""
+        if isinstance(outcome, OSError) and outcome.errno in _HOPELESS:
+            raise RunStopped(
+                f"{stage} of {unit}: {outcome.strerror} ({outcome.filename}). Nothing further can be written; "
+                "what is finished is kept. Make room or give permission there, then run the same command again."
+            ) from outcome
+        problems = outcome.problems if isinstance(outcome, UnitRecord) else [_failure(stage, unit, outcome)]
+        if not isinstance(outcome, UnitRecord):
+            self._ledger.failed(stage, unit, problems[0])
+        for problem in problems:
+            warn(problem)
+        return problems
+
+    def _collect(self) -> tuple[xr.Dataset, list[str]]:
+        """Gather the records into the dataset of shifts and write it; frames without a match are corrupt."""
+        matches = np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
         problems = []
-        for unit, mark in self._to_register(plan):
+        for unit in self.plan.units:
             record = self._ledger.read("register", unit.number)
-            if record is None or record.fingerprint != mark:
-                problems.append(f"{unit} were not registered")
-                continue
+            if record is None:
+                raise RunStopped(f"the record of {unit} is gone. Run the same command again; it does what is missing.")
             matches[unit.start : unit.stop] = record.to_matches()
             problems += record.problems
         shifts = shifts_dataset(matches, frame_coordinates(self.source), self.reference)
         write_dataset(shifts.assign_attrs(problems=problems), self._out / "shifts.zarr")
         return shifts, problems
 
-    def _align(self, plan: Plan, shifts: xr.Dataset, stored: ReferenceFile, bar: Any) -> list[str]:
-        moves = shifts["shift"].values
-        self._create_aligned(plan, shifts)
-        work = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
-        items = []
-        for unit in plan.units:
-            mine = moves[unit.start : unit.stop]
-            mark = self._mark(
-                unit,
-                stage="align",
-                shifts=hashlib.sha256(mine.tobytes()).hexdigest(),
-                interpolation=self.settings.interpolation,
-                fill=repr(self._fill),
-                layout=(plan.frames, plan.unit_frames),
-            )
-            items.append((unit, mark, mine))
-        return self._stage("align", work, items, bar)
-
-    def _create_aligned(self, plan: Plan, shifts: xr.Dataset) -> None:
+    def _create_aligned(self, shifts: xr.Dataset) -> None:
         """Write metadata and coordinates of the aligned store, unless they are there already."""
-        path = self._out / "aligned.zarr"
-        frames = open_frames(self.source.path, chunk_frames=plan.unit_frames)
+        frames = open_frames(self.source.path, chunk_frames=self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
         applied = shifts["shift"].assign_attrs(units="pixel", long_name="shift applied to the frame")
-        template = aligned.to_dataset().assign(applied=applied).assign_attrs(shifts.attrs)
-        mark = fingerprint(
-            {
-                "applied": applied.values.tobytes().hex(),
-                "layout": aligned.encoding["shards"],
-                "attributes": [aligned.attrs, shifts.attrs],
-                "array": self.source.description(),
-                "coordinates": frame_coordinates(self.source).to_dict(),
-            }
-        )
-        if _stored_mark(path) != mark:
-            write_dataset(template.assign_attrs(fingerprint=mark), path, compute=False)
+        template = aligned.to_dataset().assign(applied=applied).assign_attrs(shifts.attrs, complete=False)
+        write_dataset(template, self._out / "aligned.zarr", compute=False)
 
-    def _finish(self, plan: Plan, shifts: xr.Dataset, problems: list[str]) -> Result:
+    def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
+        records = {record.unit: record for record in self._ledger.records("align")}
+        holes = [unit for unit in self.plan.units if unit.number not in records or not records[unit.number].files]
+        seal_aligned(self._out / "aligned.zarr", holes)
         plot_shifts(shifts, self._out / "shifts.png")
         good = int((shifts["flag"] == 0).sum())
-        log.info("finished: %d frames, %d with a shift and no flag, %d problems", plan.frames, good, len(problems))
-        return Result(self._out, plan.frames, good, problems)
+        frames = self.plan.frames
+        log.info("finished: %d frames, %d with a shift and no flag, %d problems", frames, good, len(problems))
+        return Result(self._out, frames, good, problems)
 
 
-def _stored_mark(path: Path) -> str | None:
-    try:
-        with xr.open_zarr(path, chunks=None, consolidated=False) as stored:
-            return str(stored.attrs.get("fingerprint"))
-    except Exception:  # absent or damaged: written again
-        return None
-
-
-def _problems(stage: Stage, unit: Unit, outcome: UnitRecord | BaseException) -> list[str]:
-    """Say what went wrong with a unit; stop the run where every other unit would meet the same."""
-    if isinstance(outcome, UnitRecord):
-        for problem in outcome.problems:
-            warn(problem)
-        return outcome.problems
-    if isinstance(outcome, OSError) and outcome.errno in _HOPELESS:
-        raise RunStopped(
-            f"{stage} of {unit}: {outcome.strerror} ({outcome.filename}). Nothing further can be written; "
-            "what is finished is kept. Make room or give permission there, then run the same command again."
-        ) from outcome
-    problem = f"{unit}: {stage} failed with {type(outcome).__name__}: {outcome}"
-    warn(problem)
-    return [problem]
+def _failure(stage: Stage, unit: Unit, error: BaseException) -> str:
+    return f"{unit}: {stage} failed with {type(error).__name__}: {error}"

@@ -33,6 +33,12 @@ def native(array: npt.ArrayLike, what: str, ndim: int) -> npt.NDArray[Any]:
     ValueError
         The number of dimensions differs, or the array is empty.
     """
+    values = real(array, what, ndim)
+    return np.ascontiguousarray(values, dtype=native_dtype(values.dtype))
+
+
+def real(array: npt.ArrayLike, what: str, ndim: int) -> npt.NDArray[Any]:
+    """Return the array as it is, checked for dtype and dimensions; raises as :func:`native` does."""
     values = np.asarray(array)
     require_real(values.dtype, what)
     axes = {2: "(y, x)", 3: "(frame, y, x)"}[ndim]
@@ -40,17 +46,22 @@ def native(array: npt.ArrayLike, what: str, ndim: int) -> npt.NDArray[Any]:
         raise ValueError(f"{what} has shape {values.shape}, but {axes} is needed. Select or add an axis.")
     if 0 in values.shape[-2:]:
         raise ValueError(f"{what} has shape {values.shape}: there is no pixel in it. Give frames of {axes}.")
-    return _as_supported(values)
+    return values
 
 
-def _as_supported(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Native byte order and C order; half floats and booleans widened, as numba has neither."""
-    dtype = values.dtype.newbyteorder("=")
+def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype pixels are computed from: native byte order; booleans and unusual floats as numba knows them.
+
+    Examples
+    --------
+    >>> native_dtype(np.dtype(">u2")), native_dtype(np.dtype("bool")), native_dtype(np.dtype("float16"))
+    (dtype('uint16'), dtype('uint8'), dtype('float32'))
+    """
     if dtype.kind == "b":
-        dtype = np.dtype(np.uint8)
+        return np.dtype(np.uint8)
     if dtype.kind == "f" and dtype.itemsize not in (4, 8):
-        dtype = np.dtype(np.float32 if dtype.itemsize < 4 else np.float64)
-    return np.ascontiguousarray(values, dtype=dtype)
+        return np.dtype(np.float32 if dtype.itemsize < 4 else np.float64)
+    return dtype.newbyteorder("=")
 
 
 def as_mask(mask: npt.ArrayLike | None, shape: tuple[int, ...], what: str = "the mask") -> npt.NDArray[np.bool_]:

@@ -63,7 +63,7 @@ def run(
     frames: Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="TOML file of settings; flags go before it.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="TOML file of settings; flags override it.")] = None,
     reference: Annotated[str | None, typer.Option(help='Frames to average ("0:16", "100"), or a file.')] = None,
     max_shift: Annotated[int | None, typer.Option(help="Largest shift looked for, pixels.")] = None,
     overlap_ratio: Annotated[float | None, typer.Option(help="Least overlap, part of the largest.")] = None,

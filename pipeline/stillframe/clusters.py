@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import psutil
-
+from stillframe.errors import RunStopped
 from stillframe.settings import Settings
 
 Item = TypeVar("Item")
@@ -84,13 +82,23 @@ class OnCluster:
         submit((1 + _QUEUED) * max(1, sum(self.client.nthreads().values())))
         try:
             for future in done:
-                yield (
-                    tasks.pop(future),
-                    future.exception() if future.status != "finished" else future.result(),
-                )
+                yield tasks.pop(future), _outcome(future)
                 submit(1)
         finally:
-            self.client.cancel(list(tasks))
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                self.client.cancel(list(tasks))
+
+
+def _outcome(future: Any) -> Any:
+    """Return what a task returned or raised; a task that was lost with its scheduler stops the run."""
+    if future.status == "finished":
+        return future.result()
+    if future.status == "error":
+        return future.exception()
+    raise RunStopped(
+        f"the dask scheduler is gone or dropped the work ({future.status}). What is finished is kept: when a cluster "
+        "runs again, give the same command."
+    )
 
 
 @contextlib.contextmanager
@@ -115,13 +123,17 @@ def executor(settings: Settings, client: Any = None) -> Iterator[Executor]:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return how many cores this machine, container or job allows."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
 
 
 def _per_worker(settings: Settings, workers: int) -> int:
-    total = psutil.virtual_memory().total
-    return int(settings.memory * 2**30) if settings.memory else int(0.9 * total / workers)
+    """Bytes of a local worker, within what this machine, container or job allows."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(settings.memory * 2**30) if settings.memory else int(0.9 * MEMORY_LIMIT / workers)
 
 
 def _budget(memory: int) -> int:

@@ -14,7 +14,6 @@ from stillframe.match import match_frames
 from stillframe.scene import Experiment
 from stillframe.settings import Settings
 from stillframe.simulate import simulate
-from stillframe.store import load_reference
 
 EXPERIMENT = Experiment(frames=240, shape=(512, 512), dose=20.0, max_drift=12.0)
 _COMPARED = 60
@@ -31,17 +30,17 @@ def demonstrate(folder: Path, console: Console) -> None:
     result = run(Settings(frames=frames, mask=mask, out=folder / "run"))
     with xr.open_zarr(result.shifts, chunks=None) as shifts, xr.open_zarr(frames, chunks=None) as stored:
         found, truth = shifts["shift"].values, stored["true_shift"].values
-    console.print(_table(found, _without_mask(result.folder, frames), truth))
+    console.print(_table(found, _without_mask(frames), truth))
     console.print(f"{result.good} of {result.frames} frames have a shift; the others are dark and say so.")
     for name in ("shifts.zarr", "aligned.zarr", "shifts.png", "run.log"):
         console.print(f"  {result.folder / name}")
     console.print(f"Look again with: stillframe status {result.folder}")
 
 
-def _without_mask(run_folder: Path, frames: Path) -> npt.NDArray[np.float64]:
+def _without_mask(frames: Path) -> npt.NDArray[np.float64]:
     """Shifts of some frames, spread over the run, when every pixel counts as valid; NaN for the others."""
     stack = open_frames(frames)
-    reference = make_reference(load_reference(run_folder / "reference.zarr").image, None)
+    reference = make_reference(stack)
     chosen = np.linspace(0, stack.sizes["frame"] - 1, _COMPARED).astype(int)
     matches = match_frames(stack[chosen].values, reference)
     out = np.full((stack.sizes["frame"], 2), np.nan)

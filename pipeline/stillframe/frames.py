@@ -4,12 +4,14 @@ Frames are a Zarr array (v2 or v3) of a local or shared file system. Reading nam
 since Zarr itself takes a missing chunk for its fill value.
 """
 
+import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,18 @@ import zarr
 import zarr.errors
 
 from stillframe.checks import boolean, require_real
-from stillframe.units import Layout, Unit
+from stillframe.units import Layout, Unit, frame_range
 
 MissingChunks = Literal["report", "fill"]
+_OWN = {"axis", "applied", "covariance", "drift", "flag", "frames", "intensity", "mask", "overlap", "reference"} | {
+    "score",
+    "second_score",
+    "shift",
+    "sigma",
+    "x",
+    "y",
+}
+"""Names of this package's variables, which stored coordinates of another meaning must not take."""
 
 
 class Reading(NamedTuple):
@@ -71,7 +82,8 @@ class FrameSource:
     def layout(self) -> Layout:
         """What of the stack decides the size of a unit."""
         frames, height, width = self.shape
-        return Layout(frames, (height, width), self.dtype.itemsize, min(self.array.chunks[0], max(frames, 1)))
+        chunk = math.prod(self.array.chunks) * self.dtype.itemsize
+        return Layout(frames, (height, width), self.dtype.itemsize, min(self.array.chunks[0], max(frames, 1)), chunk)
 
     @property
     def split(self) -> bool:
@@ -80,17 +92,9 @@ class FrameSource:
             chunk < size for chunk, size in zip(self.array.chunks[1:], self.shape[1:], strict=True)
         )
 
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """Shape of what one file holds: a shard, or a chunk."""
-        return tuple(self.array.shards or self.array.chunks)
-
     def files(self, start: int, stop: int) -> Iterator[Path]:
         """Yield the files that hold these frames, existing or not."""
-        grid = [range(start // self.stored[0], -(-stop // self.stored[0]))]
-        grid += [range(-(-size // part)) for size, part in zip(self.shape[1:], self.stored[1:], strict=True)]
-        encode = self.array.metadata.encode_chunk_key
-        return (self.path / encode(place) for place in product(*grid))
+        return _files(self.path, self.array, (range(start, stop), *map(range, self.shape[1:])))
 
     def identity(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every file that holds these frames; −1 where it is missing."""
@@ -104,18 +108,20 @@ class FrameSource:
     def __getitem__(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
         """Read frames, or raise ``OSError`` naming what cannot be read."""
         chosen = range(self.shape[0])[key[0]]
-        start, stop = (chosen, chosen + 1) if isinstance(chosen, int) else (min(chosen), max(chosen) + 1)
+        start, stop = (
+            (chosen, chosen + 1) if isinstance(chosen, int) else (min(chosen, default=0), max(chosen, default=-1) + 1)
+        )
         missing = self._missing(start, stop)
         if missing:
             raise FileNotFoundError(
-                f"{_range(start, stop)} of {self.path}: {missing}. Restore the file; or, if its writer leaves out "
+                f"{frame_range(start, stop)} of {self.path}: {missing}. Restore the file; or, if its writer leaves out "
                 "empty chunks, open with missing_chunks='fill'."
             )
         try:
             return np.asarray(self.array[key])
         except Exception as error:
             raise OSError(
-                f"{_range(start, stop)} of {self.path} cannot be read ({_short(error)}): a chunk is damaged. "
+                f"{frame_range(start, stop)} of {self.path} cannot be read ({_short(error)}): a chunk is damaged. "
                 "Restore it, or leave these frames out."
             ) from error
 
@@ -140,7 +146,7 @@ class FrameSource:
             here = slice(start - unit.start, stop - unit.start)
             if isinstance(part, str):
                 damaged[here] = True
-                problems.append(f"{_range(start, stop)}: {part}")
+                problems.append(f"{frame_range(start, stop)}: {part}")
             else:
                 frames[here] = part
         return Reading(frames, damaged, problems)
@@ -177,10 +183,6 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
-def _range(start: int, stop: int) -> str:
-    return f"frames {start}–{stop - 1}"
-
-
 def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report") -> FrameSource:
     """Find the stack of frames at a path: a Zarr array, or a group with one three-dimensional array.
 
@@ -204,7 +206,25 @@ def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report") -
     if 0 in array.shape:
         raise ValueError(f"{where} has shape {array.shape}: there is nothing to register. Check how it was written.")
     require_real(np.dtype(array.dtype), f"{where}")
+    _check_order(_dimension_names(array), where)
+    if missing_chunks not in get_args(MissingChunks):
+        raise ValueError(f"missing_chunks is {missing_chunks!r}, which is not known. Choose report or fill.")
     return FrameSource(where, missing_chunks)
+
+
+def _dimension_names(array: Any) -> tuple[str | None, ...]:
+    """Return the names stored with an array's axes, by Zarr v3 or by xarray; None where there are none."""
+    stored = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    return tuple(stored) if stored else (None,) * array.ndim
+
+
+def _check_order(names: tuple[str | None, ...], where: Path) -> None:
+    """Refuse a stack whose own names say that it is not (frame, y, x)."""
+    if names[0] in ("y", "x") or names[1] in ("frame", "x") or names[2] in ("frame", "y"):
+        raise ValueError(
+            f"{where} is stored as ({', '.join(map(str, names))}), but frames are (frame, y, x). "
+            "Transpose it once and store it again."
+        )
 
 
 def _open_node(folder: Path) -> Any:
@@ -237,28 +257,52 @@ def _only_stack(group: Any, folder: Path) -> Any:
 def frame_coordinates(source: FrameSource) -> xr.Dataset:
     """Return what is stored beside the frames for each of them: time, scan, delay, kind….
 
-    Every one-dimensional array of the same group with one value per frame becomes a coordinate; times are decoded
-    and CF ``flag_meanings`` of a kind become words.
+    Every one-dimensional array of the same group along the axis of frames becomes a coordinate; times are decoded
+    and the values of a CF enumeration become words. One that cannot be read is left out, with a warning.
     """
     parent = source.path.parent
     try:
         group = zarr.open_group(parent, mode="r")
     except Exception:  # not in a group: a bare array has no coordinates
         return xr.Dataset()
-    found = {
-        name: xr.Variable("frame", array[:], {k: v for k, v in array.attrs.items() if not k.startswith("_")})
+    axis = _dimension_names(source.array)[0]
+    along = {
+        name: array
         for name, array in sorted(group.arrays())
-        if array.ndim == 1 and array.shape[0] == source.shape[0] and name != source.path.name
+        if array.shape == source.shape[:1] and _dimension_names(array)[0] in (axis, None)
     }
-    return _decode(xr.Dataset(found))
+    found = {
+        name: variable for name, array in along.items() if (variable := _coordinate(array, parent / name)) is not None
+    }
+    return _decode(xr.Dataset(coords=found)).rename({name: f"stored_{name}" for name in _OWN & set(found)})
+
+
+def _coordinate(array: Any, path: Path) -> xr.Variable | None:
+    """Read one coordinate whole, or warn and return None."""
+    attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
+    try:
+        return xr.Variable("frame", array[:], attributes)
+    except Exception as error:
+        warnings.warn(f"the coordinate {path} is left out: it cannot be read ({_short(error)})", stacklevel=2)
+        return None
+
+
+def _files(path: Path, array: Any, region: tuple[range, ...]) -> Iterator[Path]:
+    """Yield the files that hold a region of an array, existing or not."""
+    stored = array.shards or array.chunks
+    grid = [range(part.start // size, -(-part.stop // size)) for part, size in zip(region, stored, strict=True)]
+    return (path / array.metadata.encode_chunk_key(place) for place in product(*grid))
 
 
 def _decode(stored: xr.Dataset) -> xr.Dataset:
     decoded = xr.decode_cf(stored, decode_timedelta=False)
-    words = {
-        name: _words(variable) for name, variable in decoded.variables.items() if "flag_meanings" in variable.attrs
-    }
-    return decoded.assign(words)
+    words = {name: _words(variable) for name, variable in decoded.variables.items() if _is_enumeration(variable)}
+    return decoded.assign_coords(words)
+
+
+def _is_enumeration(variable: xr.Variable) -> bool:
+    meanings = str(variable.attrs.get("flag_meanings", "")).split()
+    return 0 < len(meanings) == np.size(variable.attrs.get("flag_values", ()))
 
 
 def _words(variable: xr.Variable) -> tuple[str, npt.NDArray[np.object_]]:
@@ -268,31 +312,34 @@ def _words(variable: xr.Variable) -> tuple[str, npt.NDArray[np.object_]]:
     return "frame", np.array([table.get(value, "unknown") for value in variable.values.tolist()], dtype=object)
 
 
-def load_image(path: str | Path) -> npt.NDArray[Any]:
-    """Read one picture (y, x): npy, tif, any image file, or a Zarr array.
+def load_image(path: str | Path, names: tuple[str, ...] = ("image", "reference")) -> npt.NDArray[Any]:
+    """Read one picture (y, x): npy, tif, any image file, a Zarr array, or the first of these names in a group.
 
     Raises
     ------
     FileNotFoundError
         Nothing is there.
     ValueError
-        It cannot be read as a picture.
+        It cannot be read as a picture, or has more than two axes.
     """
     file = Path(path).expanduser()
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist. Check the path.")
     try:
-        return np.asarray(_read_image(file))
+        image = np.asarray(_read_image(file, names))
     except Exception as error:
         raise ValueError(
             f"{file} cannot be read as an image ({_short(error)}). Give npy, tif, png or a Zarr array (y, x)."
         ) from error
+    if image.ndim != 2:
+        raise ValueError(f"{file} has shape {image.shape}, but one picture (y, x) is needed. Save a single channel.")
+    return image
 
 
-def _read_image(file: Path) -> Any:
+def _read_image(file: Path, names: tuple[str, ...]) -> Any:
     if file.is_dir():
         node: Any = zarr.open(file, mode="r")
-        return (node if isinstance(node, zarr.Array) else node["mask"])[:]
+        return node[:] if isinstance(node, zarr.Array) else next(node[name] for name in names if name in node)[:]
     if file.suffix.lower() == ".npy":
         return np.load(file, allow_pickle=False)
     if file.suffix.lower() in (".tif", ".tiff"):
@@ -301,7 +348,9 @@ def _read_image(file: Path) -> Any:
         return tifffile.imread(file)
     from PIL import Image
 
-    return Image.open(file)
+    picture = Image.open(file)
+    # The pixels of a palette are indices, whose order means nothing.
+    return picture.convert("L") if picture.mode == "P" else picture
 
 
 def load_mask(path: str | Path) -> npt.NDArray[np.bool_]:
@@ -333,9 +382,7 @@ def load_mask(path: str | Path) -> npt.NDArray[np.bool_]:
     array([[False,  True],
            [ True,  True]])
     """
-    mask = boolean(load_image(path), f"{path}")
-    if mask.ndim != 2:
-        raise ValueError(f"{path} has shape {mask.shape}, but a mask is (y, x). Save a single channel.")
+    mask = boolean(load_image(path, ("mask",)), f"{path}")
     if not mask.any():
         raise ValueError(f"{path} is False everywhere: no pixel is left to compare. True means valid; invert it?")
     return mask

@@ -5,7 +5,7 @@ whole frames; the reference enters as one node of the graph (or, once stored, as
 sent to a worker once and not with every block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import xarray as xr
 from dask.base import tokenize
 from dask.delayed import delayed
 
+from stillframe.average import reference_image
 from stillframe.checks import as_mask, require_real
 from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
-from stillframe.match import MATCH_DTYPE, Matches, match_frames, usable_frames
+from stillframe.match import MATCH_DTYPE, Matches, match_frames
 from stillframe.records import fingerprint
 from stillframe.reference import Reference
 from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
 from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
-from stillframe.units import TARGET_BYTES, make_plan
+from stillframe.units import TARGET_BYTES, frame_range, make_plan
 
 __all__ = ["align", "make_reference", "open_frames", "register"]
 
@@ -121,31 +122,17 @@ def make_reference(
     >>> make_reference(frames, use=slice(4), max_shift=8).image.dtype
     dtype('float32')
     """
-    stack = frames if hasattr(frames, "ndim") else np.asarray(frames)
-    image = np.asarray(stack if stack.ndim == 2 else _average(stack, mask, use, saturation))
+    stack: Any = frames if hasattr(frames, "ndim") else np.asarray(frames)
+
+    def read(indices: Sequence[int]) -> npt.NDArray[Any]:
+        return np.asarray(stack[list(indices)])
+
+    if stack.ndim == 2:
+        image = np.asarray(stack)
+    else:
+        image = reference_image(read, stack.shape[0], mask, use=use, saturation=saturation)
     valid = as_mask(mask, image.shape[-2:])
     return Reference(image, valid, max_shift=max_shift, overlap_ratio=overlap_ratio, saturation=saturation)
-
-
-def _average(stack: Any, mask: npt.ArrayLike | None, use: int | slice, saturation: float | None) -> npt.NDArray[Any]:
-    """Return one frame, or the mean of the usable ones of several."""
-    count = stack.shape[0]
-    if isinstance(use, int):
-        if not -count <= use < count:
-            raise ValueError(f"frame {use} was asked for as reference, but there are {count}. Choose one of them.")
-        return np.asarray(stack[use])
-    if use.stop is not None and use.stop > count:
-        raise ValueError(
-            f"frames up to {use.stop} were asked for as reference, but there are {count} frames. Ask for fewer."
-        )
-    chosen = np.asarray(stack[use])
-    good = usable_frames(chosen, mask, saturation=saturation)
-    if not good.any():
-        raise ValueError(
-            f"of the {len(chosen)} frames asked for as reference none is usable: all are dark, constant, saturated or "
-            "hold NaN. Choose others."
-        )
-    return chosen[good].mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.Dataset:
@@ -207,15 +194,14 @@ def _node(reference: Reference | ReferenceFile) -> Any:
 def _match_block(block: npt.NDArray[Any], *, reference: Reference | ReferenceFile, block_info: Any = None) -> Matches:
     """Run the kernel on one block, and say which frames if it fails."""
     known = reference.load() if isinstance(reference, ReferenceFile) else reference
-    return _located(lambda: match_frames(block, known), block_info)
+    return _located(lambda: match_frames(block, known), *block_info[0]["array-location"][0])
 
 
-def _located(work: Callable[[], npt.NDArray[Any]], block_info: Any) -> npt.NDArray[Any]:
+def _located(work: Callable[[], npt.NDArray[Any]], start: int, stop: int) -> npt.NDArray[Any]:
     try:
         return work()
     except Exception as error:
-        start, stop = block_info[0]["array-location"][0]
-        raise RuntimeError(f"frames {start}–{stop - 1} could not be processed: {error}") from error
+        raise RuntimeError(f"{frame_range(start, stop)} could not be processed: {error}") from error
 
 
 def _whole_frames(frames: xr.DataArray) -> xr.DataArray:
@@ -263,7 +249,8 @@ def align(
     -------
     DataArray, dims (frame, y, x)
         Lazy, with the coordinates of the frames. ``to_zarr`` writes the layout of a run's ``aligned.zarr`` when
-        all blocks have the same number of frames, as those of :func:`open_frames` have.
+        all blocks have the same number of frames, as those of :func:`open_frames` have; after a selection,
+        ``frames.chunk(frame=n)`` makes them so.
 
     Raises
     ------
@@ -314,14 +301,20 @@ def _check_same(frames: xr.DataArray, shifts: xr.Dataset) -> None:
             f"the frames have shape {frames.shape} but the shifts belong to {shifts.sizes['frame']} frames of "
             f"{shifts['mask'].shape}: each frame needs its own. Select the same frames from both."
         )
+    for name in sorted(set(_frame_coords(frames).coords) & set(shifts.coords), key=str):
+        if not frames[name].variable.equals(shifts[name].variable):  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"the coordinate {name} of the frames differs from that of the shifts: they are not the same frames. "
+                "Select the same frames from both."
+            )
 
 
 def _resampled(
     data: da.Array, shifts: xr.Dataset, interpolation: Interpolation, fill: float, dtype: np.dtype[Any]
 ) -> da.Array:
-    applied = shifts["applied" if "applied" in shifts else "shift"].data
-    moves = da.asarray(applied).rechunk((data.chunks[0], (2,)))
-    mask = np.packbits(np.asarray(shifts["mask"].values, dtype=np.bool_))
+    applied = shifts["applied" if "applied" in shifts else "shift"].transpose("frame", "axis").sel(axis=["y", "x"])
+    numbers = da.arange(len(data), chunks=(data.chunks[0],), dtype=np.float64)
+    moves = da.concatenate([da.asarray(applied.data), numbers[:, None]], axis=1).rechunk((data.chunks[0], (3,)))
     aligned: da.Array = da.blockwise(
         _resample_block,
         "fyx",
@@ -329,7 +322,7 @@ def _resampled(
         "fyx",
         moves,
         "fa",
-        mask=delayed(mask, pure=True),
+        mask=delayed(np.packbits)(shifts["mask"].data.astype(np.bool_), pure=True),
         interpolation=interpolation,
         fill=fill,
         concatenate=True,
@@ -349,4 +342,9 @@ def _resample_block(
 ) -> npt.NDArray[Any]:
     shape = block.shape[1], block.shape[2]
     valid = np.unpackbits(mask, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
-    return resample_frames(block, moves, valid, interpolation=interpolation, fill=fill)
+    first = int(moves[0, 2])
+    return _located(
+        lambda: resample_frames(block, moves[:, :2], valid, interpolation=interpolation, fill=fill),
+        first,
+        first + len(block),
+    )

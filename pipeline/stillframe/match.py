@@ -10,7 +10,7 @@ import numpy.typing as npt
 import scipy.ndimage
 import scipy.special
 
-from stillframe.checks import as_mask, native
+from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
 from stillframe.reference import Reference, saturation_limit
@@ -29,8 +29,8 @@ MATCH_DTYPE = np.dtype(
 WHOLE_PIXEL_SIGMA = 12**-0.5
 """Standard error of a shift rounded to whole pixels, when every fraction is equally likely."""
 
-_DARK_PART = 0.02
-"""A frame with less than this part of the reference's intensity saw no beam."""
+_DARK_PART = 0.05
+"""A frame with less than this part of the reference's contrast saw no beam."""
 _SATURATED_PART = 0.05
 """A frame with more than this part of its valid pixels at the limit has lost its peaks."""
 _FALSE_ALARM = 1e-6
@@ -83,7 +83,7 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
     >>> float(matches["dy"][0]), float(matches["dx"][0])
     (-3.0, 2.0)
     """
-    frames = native(array, "the stack of frames", 3)
+    frames = real(array, "the stack of frames", 3)
     if frames.shape[1:] != reference.shape:
         raise ValueError(
             f"the frames have shape {frames.shape[1:]} but the reference has {reference.shape}: they must come from "
@@ -92,7 +92,8 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
     valid = _frame_masks(masks, frames.shape)
     matches = np.empty(len(frames), MATCH_DTYPE)
     for index, frame in enumerate(frames):
-        matches[index] = _match(frame, reference, None if valid is None else valid[index])
+        own = None if valid is None else valid[index]
+        matches[index] = _match(native(frame, "a frame", 2), reference, own)
     return matches
 
 
@@ -104,16 +105,18 @@ def _frame_masks(masks: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDA
         return np.broadcast_to(as_mask(stack, (shape[1], shape[2])), shape)
     if stack.shape != shape:
         raise ValueError(f"the masks have shape {stack.shape} but the frames have {shape}: give one mask per frame.")
-    return np.stack([as_mask(mask, (shape[1], shape[2]), f"mask {i}") for i, mask in enumerate(stack)])
+    return boolean(stack, "the stack of masks")
 
 
 def _match(frame: npt.NDArray[Any], reference: Reference, mask: Mask | None) -> tuple[float, ...]:
     valid = reference.mask if mask is None else mask
     seen = statistics(frame, valid, saturation_limit(frame.dtype, reference.saturation))
-    unusable = _judge(seen, int(np.count_nonzero(valid)), reference.intensity)
+    unusable = judge(seen, int(np.count_nonzero(valid)), reference.contrast)
     if unusable:
         return no_match(unusable, np.nan if Flag.CORRUPT in unusable else seen.mean)
-    ncc, overlap = reference.search.surface(frame, seen.mean, mask)
+    ncc, overlap = reference.search.surface(frame, seen, mask)
+    if np.isnan(ncc).all():
+        return no_match(Flag.LOW_SCORE, seen.mean)
     return _from_surface(ncc, overlap, reference, seen.mean)
 
 
@@ -122,31 +125,18 @@ def no_match(flag: Flag, intensity: float = np.nan) -> tuple[float, ...]:
     return (*[np.nan] * 8, intensity, int(flag))
 
 
-def _judge(seen: Statistics, valid: int, intensity: float) -> Flag:
-    """Say what makes a frame unusable before any comparison with others of this intensity."""
-    if seen.not_finite:
+def judge(seen: Statistics, valid: int, contrast: float) -> Flag:
+    """Say what makes a frame unusable before any comparison with others of this contrast.
+
+    Contrast, not the mean, tells a dark frame: an offset says nothing of the beam.
+    """
+    if seen.not_finite or not valid:
         return Flag.CORRUPT
     if seen.saturated > _SATURATED_PART * valid:
         return Flag.SATURATED
-    if seen.smallest == seen.largest or seen.mean < _DARK_PART * intensity:
+    if seen.smallest == seen.largest or seen.deviation < _DARK_PART * contrast:
         return Flag.DARK
     return Flag(0)
-
-
-def usable_frames(
-    array: npt.ArrayLike, mask: npt.ArrayLike | None, *, saturation: float | None = None
-) -> npt.NDArray[np.bool_]:
-    """Return which frames of a stack may enter an average: neither dark, nor corrupt, nor saturated.
-
-    Dark is told against the brightest of those that are neither corrupt nor saturated.
-    """
-    frames = native(array, "the stack of frames", 3)
-    valid = as_mask(mask, (frames.shape[1], frames.shape[2]))
-    limit = saturation_limit(frames.dtype, saturation)
-    seen = [statistics(frame, valid, limit) for frame in frames]
-    count = int(np.count_nonzero(valid))
-    brightest = max((one.mean for one in seen if not _judge(one, count, 0.0)), default=0.0)
-    return np.array([not _judge(one, count, brightest) for one in seen], dtype=np.bool_)
 
 
 def _from_surface(ncc: Image, overlap: Image, reference: Reference, intensity: float) -> tuple[float, ...]:

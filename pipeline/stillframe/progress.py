@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stillframe.flags import Flag
-from stillframe.records import Ledger, Stage, UnitRecord, read_lease
+from stillframe.records import Holder, Ledger, Stage, UnitRecord, digest_of, read_lease, write_durably
 from stillframe.units import Plan, Unit
 
+PLAN_VERSION = 1
 LOG_EVERY = 10.0
 """Seconds between two lines of progress in the log."""
 
@@ -35,6 +36,9 @@ def log_to(path: Path) -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
+    except BaseException as error:
+        log.error("stopped: %s", str(error) or type(error).__name__)
+        raise
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
@@ -131,8 +135,18 @@ class StageStatus:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Keep what a later look at the folder needs to know what is left."""
-    (folder / "plan.json").write_text(json.dumps({"frames": plan.frames, "unit_frames": plan.unit_frames}))
+    """Keep how the stack is cut into units, for a later look and for a later run."""
+    content = {"version": PLAN_VERSION, "frames": plan.frames, "unit_frames": plan.unit_frames}
+    write_durably(folder / "plan.json", json.dumps(content).encode())
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return how a run cut its stack, or None where no run has begun."""
+    try:
+        content = json.loads((folder / "plan.json").read_text())
+        return Plan(int(content["frames"]), int(content["unit_frames"])) if content["version"] == PLAN_VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_status(folder: Path) -> list[StageStatus]:
@@ -143,19 +157,28 @@ def read_status(folder: Path) -> list[StageStatus]:
     ValueError
         The folder holds no run.
     """
-    try:
-        total = json.loads((folder / "plan.json").read_text())["frames"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no run that has begun. Give the folder that 'run --out' names.") from error
+    plan = read_plan(folder)
+    if plan is None:
+        raise ValueError(f"{folder} holds no run that has begun. Give the folder that 'run --out' names.")
     ledger = Ledger(folder)
-    return [_stage_status(ledger, "register", total), _stage_status(ledger, "align", total)]
+    registered = ledger.records("register")
+    shifts = {record.unit: _digest(record) for record in registered if record.matches}
+    aligned = [
+        record for record in ledger.records("align") if not record.files or record.shifts == shifts.get(record.unit)
+    ]
+    return [_stage_status(ledger, "register", registered, plan), _stage_status(ledger, "align", aligned, plan)]
 
 
-def _stage_status(ledger: Ledger, stage: Stage, total: int) -> StageStatus:
-    records = ledger.records(stage)
+def _digest(record: UnitRecord) -> str:
+    matches = record.to_matches()
+    return digest_of(np.stack([matches["dy"], matches["dx"]], axis=1))
+
+
+def _stage_status(ledger: Ledger, stage: Stage, records: list[UnitRecord], plan: Plan) -> StageStatus:
     problems = [problem for record in records for problem in record.problems]
-    done = sum(record.stop - record.start for record in records)
-    return StageStatus(stage, done, total, _recent_rate(ledger, records), problems)
+    whole = [record for record in records if record.matches or record.files]
+    done = sum(record.stop - record.start for record in whole)
+    return StageStatus(stage, done, plan.frames, _recent_rate(ledger, whole), problems)
 
 
 def _recent_rate(ledger: Ledger, records: list[UnitRecord]) -> float | None:
@@ -194,7 +217,7 @@ def print_status(folder: Path, console: Console) -> bool:
     return not problems
 
 
-def _driver(holder: dict[str, Any] | None, finished: bool) -> str:
+def _driver(holder: Holder | None, finished: bool) -> str:
     if holder:
-        return f"driven by process {holder['pid']} on {holder['host']} since {holder['since']}"
+        return f"driven by process {holder.pid} on {holder.host} since {holder.since}"
     return "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"

@@ -12,18 +12,22 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import pydantic
 
 from stillframe.errors import LeaseError
-from stillframe.match import MATCH_DTYPE, Matches
+from stillframe.flags import Flag
+from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.units import Unit
 
 Stage = Literal["register", "align"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a lease."""
@@ -110,18 +114,26 @@ class UnitRecord(pydantic.BaseModel):
     """Of the register stage: the kernel's fields."""
     files: dict[str, Seal] = {}
     """Of the align stage: what was written, relative to the run's folder."""
+    shifts: str = ""
+    """Of the align stage: digest of the shifts that were applied."""
     problems: list[str] = []
     """What could not be read, in words; such a unit is tried again by the next run."""
     seconds: float = 0.0
     """Time the unit took."""
 
     def to_matches(self) -> Matches:
-        """Return the matches as the kernel's structured array."""
-        assert self.matches is not None
+        """Return the matches as the kernel's structured array; where the unit failed, corrupt frames."""
+        if self.matches is None:
+            return np.full(self.stop - self.start, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
         out = np.empty(self.stop - self.start, MATCH_DTYPE)
         for name in MATCH_DTYPE.names or ():
             out[name] = self.matches[name]
         return out
+
+
+def digest_of(array: npt.NDArray[Any]) -> str:
+    """Hash an array's values."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def from_matches(matches: Matches) -> dict[str, list[float]]:
@@ -141,7 +153,7 @@ class Ledger:
 
     def prepare(self) -> None:
         """Make the folders before any worker needs them."""
-        for stage in ("register", "align"):
+        for stage in STAGES:
             (self.folder / "units" / stage).mkdir(parents=True, exist_ok=True)
 
     def publish(self, record: UnitRecord) -> None:
@@ -173,10 +185,21 @@ class Ledger:
         whole = all(_size(self.folder / name) == seal.size for name, seal in record.files.items())
         return record if whole else None
 
+    def failed(self, stage: Stage, unit: Unit, problem: str) -> None:
+        """Keep why a unit could not be done, for a look from outside and for the next run."""
+        self.publish(
+            UnitRecord(
+                stage=stage, unit=unit.number, start=unit.start, stop=unit.stop, fingerprint="", problems=[problem]
+            )
+        )
+
+    def numbers(self, stage: Stage) -> list[int]:
+        """Numbers of all records of a stage, in order."""
+        return sorted(int(path.stem) for path in (self.folder / "units" / stage).glob("[0-9]*.json"))
+
     def records(self, stage: Stage) -> list[UnitRecord]:
         """All records of a stage that can be understood, in order."""
-        numbers = sorted(int(path.stem) for path in (self.folder / "units" / stage).glob("[0-9]*.json"))
-        return [record for number in numbers if (record := self.read(stage, number)) is not None]
+        return [record for number in self.numbers(stage) if (record := self.read(stage, number)) is not None]
 
 
 def _size(path: Path) -> int | None:
@@ -186,21 +209,97 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def read_lease(folder: Path) -> dict[str, Any] | None:
+class Holder(pydantic.BaseModel):
+    """Who drives a run."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    host: str
+    """Machine."""
+    pid: int
+    """Process there."""
+    born: float
+    """When that process began, seconds since 1970: process numbers are used again."""
+    since: str
+    """When it took the lease, in words."""
+
+    @classmethod
+    def me(cls) -> "Holder":
+        """Describe this process, now."""
+        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(host=socket.gethostname(), pid=pid, born=psutil.Process(pid).create_time(), since=now)
+
+    def lives(self, silent: float) -> bool:
+        """Tell whether it still drives, after so many seconds without a sign of life."""
+        if self.host != socket.gethostname():
+            return silent <= STALE
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.born) < 2
+        except psutil.NoSuchProcess:
+            return False
+
+
+def read_lease(folder: Path) -> Holder | None:
     """Return who drives this run now, or None."""
     path = folder / "lease.json"
     try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-        age = time.time() - path.stat().st_mtime
+        holder = Holder.model_validate_json(path.read_bytes())
+        silent = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    here = holder.get("host") == socket.gethostname()
-    gone = not psutil.pid_exists(int(holder.get("pid", -1))) if here else age > STALE
-    return None if gone else holder
+    return holder if holder.lives(silent) else None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The exclusive right to drive a run's folder."""
+
+    folder: Path
+    holder: Holder
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.folder / "lease.json"
+
+    def check(self) -> None:
+        """Raise ``LeaseError`` if another driver has taken over."""
+        if not self._mine():
+            raise LeaseError(
+                f"another driver took over {self.folder}, as this one had given no sign of life for {STALE:.0f} s. "
+                "It goes on with what was finished; nothing needs to be done here."
+            )
+
+    def _mine(self) -> bool:
+        try:
+            return Holder.model_validate_json(self.path.read_bytes()) == self.holder
+        except (OSError, ValueError):
+            return False
+
+    def keep(self, stop: threading.Event) -> None:
+        """Give a sign of life every few seconds until told to stop."""
+        while not stop.wait(HEARTBEAT) and self._mine():
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def give_back(self) -> None:
+        """Remove it, if it is still one's own."""
+        if self._mine():
+            self.path.unlink(missing_ok=True)
+
+
+def refuse_second(folder: Path) -> None:
+    """Raise ``LeaseError`` if a living driver works on this folder."""
+    holder = read_lease(folder)
+    if holder is not None:
+        raise LeaseError(
+            f"{folder} is being written by process {holder.pid} on {holder.host} since {holder.since}: two drivers "
+            "would mix their results. Wait for it, or stop it and run this again."
+        )
 
 
 @contextlib.contextmanager
-def lease(folder: Path) -> Iterator[None]:
+def lease(folder: Path) -> Iterator[Lease]:
     """Hold the exclusive right to drive a run's folder, with a sign of life every few seconds.
 
     Raises
@@ -208,50 +307,35 @@ def lease(folder: Path) -> Iterator[None]:
     LeaseError
         Another living driver holds it; names its machine, process and start.
     """
-    path = folder / "lease.json"
-    content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    _take(folder, path, json.dumps(content).encode())
+    mine = Lease(folder, Holder.me())
+    _take(mine)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, stop), name="stillframe-lease", daemon=True)
+    beat = threading.Thread(target=mine.keep, args=(stop,), name="stillframe-lease", daemon=True)
     beat.start()
     try:
-        yield
+        yield mine
     finally:
         stop.set()
         beat.join()
-        path.unlink(missing_ok=True)
+        mine.give_back()
 
 
-def _take(folder: Path, path: Path, content: bytes) -> None:
-    """Put the lease in place with its content, whole or not at all, void ones removed first."""
-    mine = path.with_name(f".lease.{socket.gethostname()}.{os.getpid()}.partial")
-    mine.write_bytes(content)
+def _take(mine: Lease) -> None:
+    """Put the lease in place with its content, whole or not at all, a void one removed first."""
+    draft = mine.path.with_name(f".lease.{mine.holder.host}.{mine.holder.pid}.partial")
+    draft.write_text(mine.holder.model_dump_json())
     try:
-        with _alone(folder):
-            holder = read_lease(folder)
-            if holder is not None:
-                raise LeaseError(
-                    f"{folder} is being written by process {holder.get('pid')} on {holder.get('host')} since "
-                    f"{holder.get('since')}: two drivers would mix their results. "
-                    "Wait for it, or stop it and run this again."
-                )
-            mine.replace(path)
+        with _alone(mine.folder):
+            refuse_second(mine.folder)
+            mine.path.unlink(missing_ok=True)
+            os.link(draft, mine.path)
     finally:
-        mine.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Let one process at a time look at the lease and change it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with (folder / ".lease.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
-
-
-def _beat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):
-            os.utime(path)

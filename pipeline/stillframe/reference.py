@@ -1,6 +1,7 @@
 """The image every frame is laid on, with its mask and the settings of the search."""
 
 import hashlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,7 @@ class Reference:
         """Check every field and freeze the arrays."""
         image = native(self.image, "the reference", 2)
         mask = as_mask(self.mask, (image.shape[0], image.shape[1])).copy()
+        object.__setattr__(self, "max_shift", operator.index(self.max_shift))
         check_options(self.max_shift, self.overlap_ratio)
         _check_search(image, mask, self.max_shift)
         clean = np.where(mask, image, np.zeros((), image.dtype))
@@ -92,9 +94,9 @@ class Reference:
         return Search(self.image, self.mask, self.max_shift, self.overlap_ratio)
 
     @cached_property
-    def intensity(self) -> float:
-        """Mean of the valid pixels, in the image's unit."""
-        return float(np.mean(self.image, where=self.mask, dtype=np.float64))
+    def contrast(self) -> float:
+        """Standard deviation of the valid pixels, in the image's unit."""
+        return statistics(self.image, self.mask, np.inf).deviation
 
     @cached_property
     def digest(self) -> str:

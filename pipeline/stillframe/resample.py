@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.checks import native
+from stillframe.checks import native, native_dtype, real
 from stillframe.ncc import Mask
 
 Interpolation = Literal["nearest", "linear", "cubic", "lanczos"]
@@ -36,7 +36,7 @@ def output_dtype(dtype: np.dtype[Any], interpolation: Interpolation) -> np.dtype
     >>> output_dtype(np.dtype("uint16"), "cubic"), output_dtype(np.dtype(">i4"), "nearest")
     (dtype('float32'), dtype('int32'))
     """
-    here = dtype.newbyteorder("=")
+    here = native_dtype(dtype)
     if interpolation == "nearest" and here.kind in "iu":
         return here
     return np.result_type(here, np.float32)
@@ -131,7 +131,7 @@ def resample_frames(
     array([[[nan, nan, 0.5, 1.5]]])
     """
     check_interpolation(interpolation)
-    frames = native(array, "the stack of frames", 3)
+    frames = real(array, "the stack of frames", 3)
     moves = np.asarray(shifts, dtype=np.float64)
     if moves.shape != (len(frames), 2):
         raise ValueError(f"the shifts have shape {moves.shape} but there are {len(frames)} frames: give (frame, 2).")
@@ -139,7 +139,7 @@ def resample_frames(
     out = np.full(frames.shape, check_fill(fill, dtype), dtype)
     for frame, move, target in zip(frames, moves, out, strict=True):
         if np.isfinite(move).all():
-            _resample(frame, move, mask, interpolation, target)
+            _resample(native(frame, "a frame", 2), move, mask, interpolation, target)
     return out
 
 

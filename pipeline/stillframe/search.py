@@ -26,19 +26,24 @@ import scipy.fft
 from stillframe.ncc import Correlator, Image, Lags, Mask, WindowSums, normalize
 
 Float32 = npt.NDArray[np.float32]
-Complex64 = npt.NDArray[np.complex64]
 Sums = npt.NDArray[np.float64]
 
+_SINGLE = np.dtype(np.float32)
 _TILE = 640
 """Transforms of about this length, squared, fit the second-level cache."""
 _MOST_RUNS = 8192
 """Beyond this many runs of invalid pixels two more correlations cost less than going through them."""
 
 
+_LARGEST_IMBALANCE = 400.0
+"""Single precision gives scores to about 3e-7 times the root of this."""
+
+
 class Statistics(NamedTuple):
     """What a first pass over a frame's valid pixels tells."""
 
     mean: float
+    deviation: float
     smallest: float
     largest: float
     not_finite: int
@@ -47,24 +52,31 @@ class Statistics(NamedTuple):
 
 @numba.njit(nogil=True, cache=True)
 def statistics(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
-    """Mean and range of the valid pixels, how many are not finite, and how many reach the limit."""
-    total, count, not_finite, saturated = 0.0, 0, 0, 0
+    """Mean, standard deviation and range of the valid pixels, how many are not finite or reach the limit."""
+    total, squares, count, not_finite, saturated = 0.0, 0.0, 0, 0, 0
+    pivot = np.nan
     smallest, largest = np.inf, -np.inf
     for y in range(frame.shape[0]):
-        row_total = 0.0
+        row_total, row_squares = 0.0, 0.0
         for x in range(frame.shape[1]):
             if mask[y, x]:
                 value = np.float64(frame[y, x])
                 if not np.isfinite(value):
                     not_finite += 1
                     continue
-                row_total += value
+                if count == 0:
+                    pivot = value
+                row_total += value - pivot
+                row_squares += (value - pivot) ** 2
                 count += 1
                 saturated += int(value >= limit)
                 smallest = min(smallest, value)
                 largest = max(largest, value)
         total += row_total
-    return Statistics(total / max(count, 1), smallest, largest, not_finite, saturated)
+        squares += row_squares
+    mean = total / max(count, 1)
+    deviation = np.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
+    return Statistics(pivot + mean, deviation, smallest, largest, not_finite, saturated)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -72,16 +84,17 @@ def _centre(
     frame: npt.NDArray[Any],
     mask: Mask,
     mean: float,
+    scale: float,
     edges: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     out: Float32,
     sums: npt.NDArray[np.float64],
 ) -> None:
-    """Write frame − mean (0 where invalid) to ``out``, and its sums and sums of squares between the edges."""
+    """Write (frame − mean)·scale, 0 where invalid, to ``out``, and its sums and sums of squares between the edges."""
     edges_y, edges_x = edges
     for j in range(len(edges_y) - 1):
         for y in range(edges_y[j], edges_y[j + 1]):
             for x in range(frame.shape[1]):
-                out[y, x] = np.float32(np.float64(frame[y, x]) - mean) if mask[y, x] else np.float32(0)
+                out[y, x] = np.float32((np.float64(frame[y, x]) - mean) * scale) if mask[y, x] else np.float32(0)
             for i in range(len(edges_x) - 1):
                 total, squares = 0.0, 0.0
                 for x in range(edges_x[i], edges_x[i + 1]):
@@ -144,6 +157,7 @@ class Tiles:
 
     image: npt.NDArray[Any]
     radius: int
+    dtype: np.dtype[Any] = _SINGLE
 
     def _split(self, length: int) -> tuple[int, int]:
         """Tile length along an axis, and that of its transform, which holds the tile and its surroundings."""
@@ -163,11 +177,15 @@ class Tiles:
         return ((slice(y, y + tile[0]), slice(x, x + tile[1])) for y, x in product(*starts))
 
     @cached_property
-    def _spectra(self) -> list[Complex64]:
+    def _spectra(self) -> list[npt.NDArray[Any]]:
         """Conjugate half spectra of the tiles."""
         shape = self._sizes[1]
         tiles = (self.image[place].astype(np.float64) for place in self._places())
-        return [np.conj(scipy.fft.rfft2(tile, s=shape)).astype(np.complex64) for tile in tiles]
+        return [np.conj(scipy.fft.rfft2(tile, s=shape)).astype(self._complex) for tile in tiles]
+
+    @property
+    def _complex(self) -> np.dtype[Any]:
+        return np.result_type(self.dtype, np.complex64)
 
     def prepare(self) -> None:
         """Compute the spectra now."""
@@ -176,14 +194,27 @@ class Tiles:
     def correlate(self, padded: Float32) -> Sums:
         """Return Σ image(p) frame(p + lag), (2·radius+1, 2·radius+1), of a frame padded by the radius with zeros."""
         shape, around = self._sizes[1], 2 * self.radius
-        total = np.zeros((shape[0], shape[1] // 2 + 1), np.complex64)
+        total = np.zeros((shape[0], shape[1] // 2 + 1), self._complex)
         for (rows, columns), spectrum in zip(self._places(), self._spectra, strict=True):
             part = padded[rows.start : rows.stop + around, columns.start : columns.stop + around]
-            product = scipy.fft.rfft2(part, s=shape)
+            product = scipy.fft.rfft2(part.astype(self.dtype, copy=False), s=shape)
             product *= spectrum
             total += product
         lags = scipy.fft.irfft2(total, s=shape, overwrite_x=True)[: around + 1, : around + 1]
         return lags.astype(np.float64)
+
+
+def _unbalanced(fixed: WindowSums, other: WindowSums, overlap_ratio: float) -> bool:
+    """Tell whether some window holds so little of the images' variation that single precision does not suffice.
+
+    The round-off of a transform goes with the whole images; a window that a few brilliant pixels have left goes
+    with what remains.
+    """
+    wanted = fixed.overlap >= overlap_ratio * fixed.overlap.max(initial=0)
+    parts = [sums.variation()[wanted] for sums in (fixed, other)]
+    whole = [max(float(part.max(initial=0)), 1e-300) for part in parts]
+    least = [float(part[part > 0].min(initial=size)) for part, size in zip(parts, whole, strict=True)]
+    return least[0] * least[1] < whole[0] * whole[1] / _LARGEST_IMBALANCE
 
 
 def _edges(length: int, radius: int) -> npt.NDArray[np.int64]:
@@ -213,12 +244,16 @@ class Search:
 
     @cached_property
     def _centred(self) -> Image:
-        mean = float(np.mean(self.image, where=self.mask, dtype=np.float64))
-        return np.where(self.mask, self.image.astype(np.float64) - mean, 0)
+        seen = statistics(self.image, self.mask, np.inf)
+        return np.where(self.mask, (self.image.astype(np.float64) - seen.mean) / (seen.deviation or 1), 0)
 
     @cached_property
     def _tiles(self) -> Tiles:
         return Tiles(self._centred, self.radius)
+
+    @cached_property
+    def _precise_tiles(self) -> Tiles:
+        return Tiles(self._centred, self.radius, np.dtype(np.float64))
 
     @cached_property
     def _runs(self) -> npt.NDArray[np.int64]:
@@ -251,26 +286,27 @@ class Search:
         overlap, total, squares = (correlate(other, correlate.spectrum(image)) for image in images)
         return WindowSums(np.rint(overlap), total, squares)
 
-    def surface(self, frame: npt.NDArray[Any], mean: float, frame_mask: Mask | None = None) -> tuple[Image, Image]:
+    def surface(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> tuple[Image, Image]:
         """Scores and overlaps of one frame (y, x), each (2·radius+1, 2·radius+1), indexed by applied shift.
 
-        ``frame_mask`` is needed only where it differs from the static one.
+        ``seen`` are the frame's statistics; ``frame_mask`` is needed only where it differs from the static one.
         """
         valid = self.mask if frame_mask is None else frame_mask
         fixed = self.reference_sums if frame_mask is None else self.sums_under(frame_mask)
-        padded, blocks = self._centre_frame(frame, valid, mean)
+        padded, blocks = self._centre_frame(frame, valid, seen)
         total, squares = self._window_sums(padded, blocks)
         own = WindowSums(fixed.overlap, total, squares)
-        ncc = normalize(self._tiles.correlate(padded), fixed, own, self.overlap_ratio)
+        tiles = self._precise_tiles if _unbalanced(fixed, own, self.overlap_ratio) else self._tiles
+        ncc = normalize(tiles.correlate(padded), fixed, own, self.overlap_ratio)
         return ncc[::-1, ::-1], fixed.overlap[::-1, ::-1]
 
-    def _centre_frame(self, frame: npt.NDArray[Any], valid: Mask, mean: float) -> tuple[Float32, Sums]:
-        """Return the frame less its mean, padded by the radius, and its sums between the border strips."""
+    def _centre_frame(self, frame: npt.NDArray[Any], valid: Mask, seen: Statistics) -> tuple[Float32, Sums]:
+        """Return the frame, standardized and padded by the radius, and its sums between the border strips."""
         height, width = frame.shape
         padded = np.zeros((height + 2 * self.radius, width + 2 * self.radius), np.float32)
         inside = padded[self.radius : self.radius + height, self.radius : self.radius + width]
         blocks = np.zeros((2, *(len(edges) - 1 for edges in self._box_edges)))
-        _centre(frame, valid, mean, self._box_edges, inside, blocks)
+        _centre(frame, valid, seen.mean, 1 / (seen.deviation or 1), self._box_edges, inside, blocks)
         return padded, blocks
 
     def _window_sums(self, padded: Float32, blocks: Sums) -> Sums:

@@ -55,6 +55,13 @@ class Settings(pydantic.BaseModel):
     memory: float | None = Field(default=None, gt=0)
     """Memory per worker, GiB; from the machine or the cluster by default."""
 
+    @pydantic.field_validator("reference", "scheduler")
+    @classmethod
+    def _absolute_if_file(cls, value: str | None) -> str | None:
+        """Settings are read again from other folders."""
+        known = value is not None and Path(value).expanduser().exists()
+        return str(Path(str(value)).expanduser().absolute()) if known else value
+
     @pydantic.field_validator("frames", "out", "mask")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:

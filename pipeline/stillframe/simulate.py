@@ -18,7 +18,7 @@ _START = np.datetime64("2026-01-01T00:00:00", "ns")
 def simulate(
     experiment: Experiment, folder: Path, *, on_unit: Callable[[Unit], None] = lambda _: None
 ) -> tuple[Path, Path]:
-    """Write ``frames.zarr`` and ``mask.npy`` to a folder.
+    """Write ``frames.zarr`` and ``mask.npy`` to a folder; the store gets its name when it is whole.
 
     Parameters
     ----------
@@ -53,14 +53,16 @@ def simulate(
             f"{store} exists already: real or simulated, it is not overwritten. Choose another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".frames.zarr.partial"
     layout = Layout(experiment.frames, experiment.shape, 2, 1)
     plan = make_plan(layout, budget=2**50, output_itemsize=2, max_shift=0)
-    write_dataset(_coordinates(experiment), store)
-    frames = _create(experiment, store, plan.unit_frames)
+    write_dataset(_coordinates(experiment), partial)
+    frames = _create(experiment, partial, plan.unit_frames)
     np.save(mask, experiment.detector.mask)
     for unit in plan.units:
         frames[unit.start : unit.stop] = np.stack([experiment.render(i) for i in range(unit.start, unit.stop)])
         on_unit(unit)
+    partial.rename(store)
     return store, mask
 
 

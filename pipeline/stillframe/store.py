@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import shutil
 import threading
 import warnings
@@ -19,7 +20,7 @@ from zarr.codecs import BloscCodec
 import stillframe
 from stillframe.flags import cf_attributes
 from stillframe.match import KERNEL_VERSION
-from stillframe.records import Seal, sync_file, sync_folder
+from stillframe.records import Seal, sync_file, sync_folder, write_durably
 from stillframe.reference import Reference
 from stillframe.units import Unit
 
@@ -93,16 +94,40 @@ def provenance(reference: Reference) -> dict[str, Any]:
 def write_dataset(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> None:
     """Write a dataset whole: under another name first, durable, then in place of an older one.
 
-    With ``compute=False`` lazy variables get their metadata only; their chunks are written later, unit by unit.
+    With ``compute=False`` lazy variables get their metadata only; chunks of ``frames`` that an older store of the
+    same layout holds are kept.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with quiet_zarr():
         dataset.to_zarr(partial, zarr_format=3, consolidated=True, compute=compute)  # type: ignore[call-overload]
     sync_tree(partial)
+    if not compute and _layout(path) == _layout(partial) and (path / "frames" / "c").exists():
+        (path / "frames" / "c").rename(partial / "frames" / "c")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def _layout(store: Path) -> dict[str, Any] | None:
+    """Return what decides how chunks of frames are to be read."""
+    try:
+        metadata: dict[str, Any] = json.loads((store / "frames" / "zarr.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return {name: value for name, value in metadata.items() if name != "attributes"}
+
+
+def seal_aligned(path: Path, holes: list[Unit]) -> None:
+    """Mark the aligned store complete, or say which frames were never written and take back their shifts."""
+    if holes:
+        applied = zarr.open_array(path / "applied", mode="r+")
+        for unit in holes:
+            applied[unit.start : unit.stop] = np.nan
+    root = path / "zarr.json"
+    metadata = json.loads(root.read_text())
+    metadata["attributes"] |= {"complete": not holes, "missing": [str(unit) for unit in holes]}
+    write_durably(root, json.dumps(metadata, indent=2).encode())
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource
 from stillframe.match import MATCH_DTYPE, Matches, match_frames, no_match
-from stillframe.records import Ledger, Seal, Stage, UnitRecord, from_matches
+from stillframe.records import Ledger, Seal, Stage, UnitRecord, digest_of, from_matches
 from stillframe.reference import Reference
 from stillframe.resample import Interpolation, resample_frames
 from stillframe.store import ReferenceFile, write_unit
@@ -69,7 +69,8 @@ class AlignUnit:
         mask = self.reference.load().mask
         frames = resample_frames(reading.frames, moves, mask, interpolation=self.interpolation, fill=self.fill)
         files = write_unit(self.folder / "aligned.zarr", unit, frames)
-        record = _record("align", unit, mark, began, problems=reading.problems, files=files)
+        shifts = digest_of(work[2])
+        record = _record("align", unit, mark, began, problems=reading.problems, files=files, shifts=shifts)
         ledger.publish(record)
         return record
 
@@ -83,6 +84,7 @@ def _record(
     problems: list[str],
     matches: dict[str, list[float]] | None = None,
     files: dict[str, Seal] | None = None,
+    shifts: str = "",
 ) -> UnitRecord:
     return UnitRecord(
         stage=stage,
@@ -92,6 +94,7 @@ def _record(
         fingerprint=mark,
         matches=matches,
         files=files or {},
+        shifts=shifts,
         problems=problems,
         seconds=round(time.perf_counter() - began, 3),
     )

@@ -9,8 +9,22 @@ from dataclasses import dataclass
 
 TARGET_BYTES = 128 * 2**20
 """Input bytes of a unit, where memory and the input's chunks allow it."""
+NOMINAL_MEMORY = 2 * 2**30
+"""What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
+_DECODED_AT_ONCE = 2
 MOST_FRAMES = 32
 """Frames of a unit at most, unless the input's chunks hold more."""
+
+
+def frame_range(start: int, stop: int) -> str:
+    """Write frames start … stop − 1 as people do.
+
+    Examples
+    --------
+    >>> frame_range(3, 4), frame_range(3, 6)
+    ('frame 3', 'frames 3–5')
+    """
+    return f"frame {start}" if stop - start == 1 else f"frames {start}–{stop - 1}"
 
 
 @dataclass(frozen=True)
@@ -26,7 +40,7 @@ class Unit:
 
     def __str__(self) -> str:
         """Frame range as people write it."""
-        return f"frames {self.start}–{self.stop - 1}"
+        return frame_range(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -60,27 +74,33 @@ class Layout:
     """Bytes per input pixel."""
     chunk_frames: int
     """Frames that the input decodes together."""
+    chunk_bytes: int = 0
+    """Bytes of one decoded input chunk; 0 where chunks are whole frames."""
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one input frame."""
         return math.prod(self.shape) * self.itemsize
 
+    @property
+    def decoding_bytes(self) -> int:
+        """Bytes of the chunks that are decoded at a time while frames are read."""
+        return _DECODED_AT_ONCE * (self.chunk_bytes or self.chunk_frames * self.frame_bytes)
+
 
 def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: int) -> int:
     """Predict the bytes a worker holds at most for a unit of so many frames, above those of the bare process.
 
-    The larger of the two stages: registering holds the unit, the reference with what is prepared from it, and
-    one frame's transforms; aligning holds the unit twice while a chunk across several frames is decoded, the
-    result, and its encoded shard (zarr joins it from parts, hence twice).
+    The larger of the two stages. Both hold the unit and the chunks being decoded; registering also the reference
+    with what is prepared from it and one frame's transforms; aligning the result and its encoded shard (zarr joins
+    it from parts, hence twice).
     """
     pixels = math.prod(layout.shape)
-    padded = (layout.shape[0] + max_shift) * (layout.shape[1] + max_shift)
-    decoding = max(frames, layout.chunk_frames) * layout.frame_bytes
-    prepare = pixels * (8 + 8 + 1) + padded * (8 + 16)
-    per_frame = pixels * 4 + padded * 8
-    register = frames * layout.frame_bytes + decoding + prepare + per_frame
-    align = frames * layout.frame_bytes + decoding + 3 * frames * pixels * output_itemsize + pixels * 8
+    padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
+    reading = frames * layout.frame_bytes + layout.decoding_bytes
+    prepared = pixels * (8 + 8 + 1) + padded * (8 + 16)
+    register = reading + prepared + padded * 12
+    align = reading + 3 * frames * pixels * output_itemsize + pixels * 8
     return max(register, align)
 
 
@@ -108,11 +128,13 @@ def make_plan(
 
     if needed(1) > budget:
         raise ValueError(
-            f"one frame of {layout.shape} needs {needed(1) / 2**20:.0f} MiB but a worker has {budget / 2**20:.0f} MiB. "
+            f"one frame of {layout.shape} from chunks of {layout.chunk_frames} frames needs "
+            f"{needed(1) / 2**20:.0f} MiB, but a worker has {max(budget, 0) / 2**20:.0f} MiB for it. "
             "Use fewer workers, or give them more memory."
         )
-    wish = unit_frames or _wish(layout)
-    size = min(wish, layout.frames) if needed(wish) <= budget else _largest(wish, needed, budget)
+    nominal = max(budget, needed(1)) if unit_frames else max(NOMINAL_MEMORY, needed(1))
+    size = _fitting(unit_frames or _wish(layout), needed, min(budget, nominal))
+    size = min(size, layout.frames)
     return Plan(layout.frames, size, _decodes(size, layout.chunk_frames))
 
 
@@ -122,8 +144,10 @@ def _wish(layout: Layout) -> int:
     return layout.chunk_frames * max(1, target // layout.chunk_frames)
 
 
-def _largest(wish: int, needed: Callable[[int], int], budget: int) -> int:
+def _fitting(wish: int, needed: Callable[[int], int], budget: int) -> int:
     """Return the largest part of the wish that fits the budget; it divides the wish, so that chunks stay aligned."""
+    if needed(wish) <= budget:
+        return wish
     return max(size for size in range(1, wish + 1) if wish % size == 0 and needed(size) <= budget)
 
 

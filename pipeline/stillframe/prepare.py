@@ -1,0 +1,157 @@
+"""What a run needs before it starts, checked while nothing has been written yet."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.average import reference_image
+from stillframe.checks import as_mask
+from stillframe.frames import FrameSource, load_image, load_mask
+from stillframe.ncc import Mask
+from stillframe.progress import read_plan, warn
+from stillframe.records import refuse_second
+from stillframe.reference import Reference
+from stillframe.resample import output_dtype
+from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
+from stillframe.store import load_reference
+from stillframe.units import Plan, Unit, make_plan
+
+
+def check_folder(settings: Settings) -> None:
+    """See that the folder is new, empty, or that of a run on the same frames which nobody drives.
+
+    Raises
+    ------
+    ValueError
+        A file, a folder of something else or of another run, or inside the frames.
+    LeaseError
+        Another driver works on it.
+    """
+    out, stored = settings.out, settings.out / "settings.toml"
+    if out == settings.frames or settings.frames in out.parents:
+        raise ValueError(f"{out} lies inside the frames {settings.frames}, which are only read. Choose another --out.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, but a run needs a folder for its results. Choose another --out.")
+    if stored.exists():
+        _same_run(read_toml(stored), settings)
+        refuse_second(out)
+        return
+    strange = sorted(path.name for path in out.glob("*") if not _own(path.name))
+    if strange:
+        raise ValueError(
+            f"{out} holds {', '.join(strange[:3])}, which no run wrote: nothing of it is touched. "
+            "Choose an empty or a new folder."
+        )
+    refuse_second(out)
+
+
+def _own(name: str) -> bool:
+    """Tell what a run that was killed at its very start leaves."""
+    return name in ("lease.json", ".lease.lock", "run.log") or (name.startswith(".") and name.endswith(".partial"))
+
+
+def _same_run(before: dict[str, Any], settings: Settings) -> None:
+    version = before.get("version")
+    if version != SETTINGS_VERSION:
+        raise ValueError(
+            f"{settings.out} was written with settings of version {version}, this is version {SETTINGS_VERSION}. "
+            "Use the stillframe that wrote it, or another folder."
+        )
+    earlier = make_settings(before).frames
+    if earlier != settings.frames:
+        raise ValueError(
+            f"{settings.out} holds the run of {earlier}, not of {settings.frames}: their results would mix. "
+            "Choose another --out."
+        )
+
+
+def prepare_reference(settings: Settings, source: FrameSource) -> Reference:
+    """Make the reference the settings ask for; frames that cannot be read are reported and left out."""
+    mask = None if settings.mask is None else load_mask(settings.mask)
+    options = {name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation")}
+    use = _frames_asked(settings.reference)
+    if use is None:
+        reference = _reference_file(Path(settings.reference).expanduser(), mask, options)
+        return _same_shape(reference, source)
+    valid = as_mask(mask, source.shape[1:])
+    image = reference_image(_Reader(source), source.shape[0], valid, use=use, saturation=settings.saturation)
+    return Reference(image, valid, **options)
+
+
+def _frames_asked(wish: str) -> int | slice | None:
+    """Read "7" or "0:16" as Python does; None for anything else, which is a path."""
+    if re.fullmatch(r"-?\d+", wish):
+        return int(wish)
+    if re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", wish):
+        return slice(*(int(part) if part else None for part in wish.split(":")))
+    return None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the frames of some indices one by one, and tells which cannot be read."""
+
+    source: FrameSource
+
+    def __call__(self, indices: Sequence[int]) -> npt.NDArray[Any]:
+        """Return those that can be read (frame, y, x)."""
+        readings = [self.source.read(Unit(0, index, index + 1)) for index in indices]
+        for reading in readings:
+            for problem in reading.problems:
+                warn(f"left out of the reference: {problem}")
+        return np.concatenate([reading.frames[~reading.damaged] for reading in readings])
+
+
+def _reference_file(path: Path, mask: Mask | None, options: dict[str, Any]) -> Reference:
+    if (path / "image" / "zarr.json").exists():
+        stored = load_reference(path)
+        return Reference(stored.image, stored.mask if mask is None else mask, **options)
+    image = load_image(path)
+    return Reference(image, as_mask(mask, image.shape), **options)
+
+
+def _same_shape(reference: Reference, source: FrameSource) -> Reference:
+    if reference.shape != source.shape[1:]:
+        raise ValueError(
+            f"the reference has shape {reference.shape} but the frames have {source.shape[1:]}: they must come from "
+            "the same detector. Crop or bin both alike."
+        )
+    return reference
+
+
+def prepare_plan(settings: Settings, source: FrameSource, budget: int) -> Plan:
+    """Cut the stack into units: those of the earlier run in this folder, if there was one, so that its work counts.
+
+    Raises
+    ------
+    ValueError
+        A unit does not fit the workers' memory.
+    """
+    itemsize = output_dtype(source.dtype, settings.interpolation).itemsize
+    earlier = read_plan(settings.out)
+    kept = earlier.unit_frames if earlier and earlier.frames == source.shape[0] else None
+    wish = settings.unit_frames or kept
+    plan = make_plan(
+        source.layout, budget=budget, output_itemsize=itemsize, max_shift=settings.max_shift, unit_frames=wish
+    )
+    if wish and plan.unit_frames < min(wish, plan.frames):
+        raise ValueError(
+            f"units of {wish} frames, as {'asked for' if settings.unit_frames else 'this run began with'}, do not fit "
+            f"the workers' memory. Use fewer workers or more memory; --unit-frames {plan.unit_frames} begins anew."
+        )
+    if source.split:
+        _tell_split(source, plan)
+    return plan
+
+
+def _tell_split(source: FrameSource, plan: Plan) -> None:
+    advice = "." if plan.decodes == 1 else "; more memory per worker (--memory, --unit-frames) makes that fewer."
+    warn(
+        f"each frame is spread over several chunks {source.array.chunks}: units of {plan.unit_frames} frames are put "
+        f"together in memory, and each chunk is decoded {plan.decodes}× per pass{advice}"
+    )
