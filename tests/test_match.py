@@ -59,7 +59,7 @@ def test_the_prepared_search_gives_the_scores_of_masked_ncc(shape, part, bad, bl
     image, frame = rng.poisson(texture(shape, seed % 1000)), rng.poisson(texture(shape, seed % 1000 + 1))
     mask = blocked(shape, seed, bad) if block else rng.random(shape) >= bad
     radius = int(part * (min(shape) - 1))
-    ncc, overlap = Search(image, mask, radius, ratio).surface(frame, statistics(frame, mask, np.inf))
+    ncc, overlap = Search(image, mask, mask, radius, ratio).surface(frame, statistics(frame, mask, np.inf))
     exact = masked_ncc(image, frame, mask, mask, max_shift=radius, overlap_ratio=ratio).ncc
     np.testing.assert_array_equal(np.isnan(ncc), np.isnan(exact))
     np.testing.assert_allclose(ncc, exact, atol=1e-5)
@@ -71,9 +71,9 @@ def test_every_way_of_summing_gives_the_same(monkeypatch, limit, value):
     image, frame = windows((64, 70), [(0, 0), (2, 3)])
     mask = blocked((64, 70), bad=0.05)
     seen = statistics(frame, mask, np.inf)
-    usual = Search(image, mask, 9, 0.3).surface(frame, seen)[0]
+    usual = Search(image, mask, mask, 9, 0.3).surface(frame, seen)[0]
     monkeypatch.setattr(f"stillframe.search.{limit}", value)
-    other = Search(image, mask, 9, 0.3).surface(frame, seen)[0]
+    other = Search(image, mask, mask, 9, 0.3).surface(frame, seen)[0]
     np.testing.assert_allclose(other, usual, atol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_a_brilliant_pixel_leaves_the_scores_exact(frames):
     image, frame = frames[0].astype(np.float64), frames[1].astype(np.float64)
     image[2, 3] = frame[2, 3] = 1e8
     mask = np.ones(image.shape, bool)
-    ncc, _ = Search(image, mask, 12, 0.3).surface(frame, statistics(frame, mask, np.inf))
+    ncc, _ = Search(image, mask, mask, 12, 0.3).surface(frame, statistics(frame, mask, np.inf))
     np.testing.assert_allclose(ncc, masked_ncc(image, frame, max_shift=12).ncc, atol=1e-5)
 
 

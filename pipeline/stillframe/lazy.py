@@ -16,12 +16,13 @@ import xarray as xr
 from dask.base import tokenize
 from dask.delayed import delayed
 
-from stillframe.average import reference_image
+from stillframe.average import build_reference, frames_of_kind
 from stillframe.checks import as_mask, require_real
 from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
 from stillframe.match import MATCH_DTYPE, Matches, match_frames
 from stillframe.records import fingerprint
 from stillframe.reference import Reference
+from stillframe.refine import Weights
 from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
 from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
 from stillframe.units import TARGET_BYTES, frame_range, make_plan
@@ -89,9 +90,12 @@ def make_reference(
     mask: npt.ArrayLike | None = None,
     *,
     use: int | slice = slice(16),
+    iterations: int = 0,
+    kind: str | None = None,
     max_shift: int = 32,
     overlap_ratio: float = 0.3,
     saturation: float | None = None,
+    weights: Weights = "counts",
 ) -> Reference:
     """Make the image that frames are laid on; reads only the frames it uses, at once.
 
@@ -103,7 +107,13 @@ def make_reference(
         True = valid.
     use : int or slice
         One frame, or frames to average; dark, corrupt and saturated ones are left out of an average.
-    max_shift, overlap_ratio, saturation
+    iterations : int
+        How often to register those frames, average them where the reference is, and take that mean as the
+        reference, at most; it ends when the reference stops moving. Frames without a shift never enter, nor do
+        pixels that no noise explains.
+    kind : str, optional
+        Use only frames of which the coordinate ``kind`` says this, such as "unpumped"; a slice counts those.
+    max_shift, overlap_ratio, saturation, weights
         See :class:`~stillframe.Reference`.
 
     Returns
@@ -113,7 +123,8 @@ def make_reference(
     Raises
     ------
     ValueError
-        Fewer frames than asked for, none of them usable, or what :class:`~stillframe.Reference` refuses.
+        Fewer frames than asked for, none of them usable, no frame of that kind, or what
+        :class:`~stillframe.Reference` refuses.
 
     Examples
     --------
@@ -124,15 +135,17 @@ def make_reference(
     """
     stack: Any = frames if hasattr(frames, "ndim") else np.asarray(frames)
 
+    options: dict[str, Any] = {"max_shift": max_shift, "overlap_ratio": overlap_ratio, "saturation": saturation}
+    options["weights"] = weights
+    if stack.ndim == 2:
+        return Reference(np.asarray(stack), as_mask(mask, stack.shape), **options)
+
     def read(indices: Sequence[int]) -> npt.NDArray[Any]:
         return np.asarray(stack[list(indices)])
 
-    if stack.ndim == 2:
-        image = np.asarray(stack)
-    else:
-        image = reference_image(read, stack.shape[0], mask, use=use, saturation=saturation)
-    valid = as_mask(mask, image.shape[-2:])
-    return Reference(image, valid, max_shift=max_shift, overlap_ratio=overlap_ratio, saturation=saturation)
+    kinds = stack["kind"].values if kind is not None and "kind" in getattr(stack, "coords", ()) else None
+    indices = frames_of_kind(kind, kinds, stack.shape[0])
+    return build_reference(read, indices, as_mask(mask, stack.shape[1:]), use=use, iterations=iterations, **options)
 
 
 def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.Dataset:

@@ -3,7 +3,7 @@
 It knows nothing of files, chunks or clusters; every driver calls :func:`match_frames` on plain NumPy arrays.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
 from stillframe.reference import Reference, saturation_limit
+from stillframe.refine import Estimate, refine
 from stillframe.search import Statistics, statistics
 
-KERNEL_VERSION = 1
+KERNEL_VERSION = 2
 """Raised whenever the same frames and settings would give other numbers."""
 
 MATCH_DTYPE = np.dtype(
@@ -35,6 +36,10 @@ _SATURATED_PART = 0.05
 """A frame with more than this part of its valid pixels at the limit has lost its peaks."""
 _FALSE_ALARM = 1e-6
 """Chance per frame that pure noise passes as a match."""
+_DECISIVE = 30.0
+"""A second peak that explains the frame worse by at least this much χ² is out of the question (5.5 sigma)."""
+_SUREST = 1e4
+"""No significance is believed beyond this: the model is not that good."""
 _SECOND_PEAK_DISTANCE = 3
 """A second peak lies at least this many pixels from the first, along one axis."""
 
@@ -72,16 +77,19 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
 
     Notes
     -----
-    Shifts are those of the highest masked normalized cross-correlation at whole pixels (D. Padfield,
-    doi 10.1109/TIP.2011.2181402); their sigma is that of rounding, 12^-½ px.
+    The highest masked normalized cross-correlation at whole pixels (D. Padfield, doi 10.1109/TIP.2011.2181402) is
+    where weighted estimating equations are solved for the fraction (:mod:`stillframe.refine`). ``sigma`` is the
+    error that differs from frame to frame; the offset that the reference's own noise gives to all frames alike has
+    the covariance ``reference.template.common`` and moves nothing relative to anything. Where the reference holds
+    too little for refinement, shifts are whole pixels and sigma is that of rounding, 12^-½ px.
 
     Examples
     --------
     >>> import numpy as np
     >>> picture = np.random.default_rng(0).poisson(50.0, size=(64, 64))
     >>> matches = match_frames(np.roll(picture, (3, -2), (0, 1))[None], Reference(picture, max_shift=8))
-    >>> float(matches["dy"][0]), float(matches["dx"][0])
-    (-3.0, 2.0)
+    >>> print(f"{matches['dy'][0]:.1f} {matches['dx'][0]:.1f}")
+    -3.0 2.0
     """
     frames = real(array, "the stack of frames", 3)
     if frames.shape[1:] != reference.shape:
@@ -109,15 +117,12 @@ def _frame_masks(masks: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDA
 
 
 def _match(frame: npt.NDArray[Any], reference: Reference, mask: Mask | None) -> tuple[float, ...]:
-    valid = reference.mask if mask is None else mask
+    valid = reference.frame_mask if mask is None else mask
     seen = statistics(frame, valid, saturation_limit(frame.dtype, reference.saturation))
     unusable = judge(seen, int(np.count_nonzero(valid)), reference.contrast)
     if unusable:
         return no_match(unusable, np.nan if Flag.CORRUPT in unusable else seen.mean)
-    ncc, overlap = reference.search.surface(frame, seen, mask)
-    if np.isnan(ncc).all():
-        return no_match(Flag.LOW_SCORE, seen.mean)
-    return _from_surface(ncc, overlap, reference, seen.mean)
+    return _search_and_refine(frame, seen, reference, mask)
 
 
 def no_match(flag: Flag, intensity: float = np.nan) -> tuple[float, ...]:
@@ -139,19 +144,128 @@ def judge(seen: Statistics, valid: int, contrast: float) -> Flag:
     return Flag(0)
 
 
-def _from_surface(ncc: Image, overlap: Image, reference: Reference, intensity: float) -> tuple[float, ...]:
-    radius = reference.max_shift
-    row, column = np.unravel_index(np.nanargmax(ncc), ncc.shape)
-    score, pixels = float(ncc[row, column]), float(overlap[row, column])
-    flag = Flag(0)
-    if score < least_score(pixels, ncc.size):
-        flag |= Flag.LOW_SCORE
-    elif radius and max(abs(int(row) - radius), abs(int(column) - radius)) == radius:
-        flag |= Flag.AT_EDGE
-    shift = (np.nan, np.nan) if flag else (float(row - radius), float(column - radius))
-    errors = (np.nan,) * 3 if flag else (WHOLE_PIXEL_SIGMA, WHOLE_PIXEL_SIGMA, 0.0)
-    part = pixels / np.count_nonzero(reference.mask)
-    return (*shift, *errors, score, _second_score(ncc, int(row), int(column)), part, intensity, int(flag))
+def _search_and_refine(
+    frame: npt.NDArray[Any], seen: Statistics, reference: Reference, mask: Mask | None
+) -> tuple[float, ...]:
+    """Find the whole-pixel shift, in a wider window if it lies at the edge of the first, and refine it."""
+    ncc, overlap = reference.search.surface(frame, seen, mask)
+    around = reference.margin
+    if np.isnan(ncc[around : len(ncc) - around, around : len(ncc) - around]).all():
+        return no_match(Flag.LOW_SCORE, seen.mean)
+    peak = _find_peak(ncc, overlap, reference)
+    if not peak.at_edge:
+        return _refined(frame, peak, reference, mask, seen.mean)
+    if reference.wider is None or peak.score < least_score(peak.pixels, ncc.size):
+        return _given_up(peak, reference, seen.mean)
+    peak = _find_peak(*reference.wider.search.surface(frame, seen, mask), reference.wider)
+    if peak.at_edge:
+        return _given_up(peak, reference, seen.mean)
+    return _refined(frame, peak, reference, mask, seen.mean, int(Flag.AT_EDGE))
+
+
+class _Peak(NamedTuple):
+    """The highest point of a surface of scores."""
+
+    shift: tuple[int, int]
+    score: float
+    smooth_score: float
+    second_score: float
+    pixels: float
+    lags: int
+    at_edge: bool
+
+
+def _find_peak(ncc: Image, overlap: Image, reference: Reference) -> _Peak:
+    """Find the peak of the surface smoothed as the templates are, which noise moves less than the raw one."""
+    radius, around = reference.max_shift, reference.margin
+    wanted = slice(around, ncc.shape[0] - around)
+    scores = _smoothed(ncc, reference.search_smoothing)[wanted, wanted]
+    if np.isnan(scores).all():
+        scores = ncc[wanted, wanted]
+    row, column = (int(place) for place in np.unravel_index(np.nanargmax(scores), scores.shape))
+    at_edge = radius > 0 and max(abs(row - radius), abs(column - radius)) == radius
+    near = ncc[wanted, wanted][max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+    return _Peak(
+        shift=(row - radius, column - radius),
+        score=float(np.nanmax(near)),
+        smooth_score=float(scores[row, column]),
+        second_score=_second_score(scores, row, column),
+        pixels=float(overlap[wanted, wanted][row, column]),
+        lags=scores.size,
+        at_edge=at_edge,
+    )
+
+
+def _smoothed(ncc: Image, width: float) -> Image:
+    """Smooth the surface where it is defined."""
+    if not width:
+        return ncc
+    valid = np.isfinite(ncc)
+    total = scipy.ndimage.gaussian_filter(np.where(valid, ncc, 0), width, mode="nearest")
+    weight = scipy.ndimage.gaussian_filter(valid.astype(np.float64), width, mode="nearest")
+    return np.where(valid, total / np.maximum(weight, 1e-3), np.nan)
+
+
+def _given_up(peak: _Peak, reference: Reference, intensity: float) -> tuple[float, ...]:
+    flag = Flag.LOW_SCORE if peak.score < least_score(peak.pixels, peak.lags) else Flag.AT_EDGE
+    return _record(peak, reference, intensity, flag)
+
+
+def _refined(
+    frame: npt.NDArray[Any],
+    peak: _Peak,
+    reference: Reference,
+    mask: Mask | None,
+    intensity: float,
+    known: int = 0,
+) -> tuple[float, ...]:
+    """Refine a peak, and say what speaks against it."""
+    if reference.template is None:
+        flag = Flag.LOW_SCORE if peak.score < least_score(peak.pixels, peak.lags) else Flag(known)
+        rounding = np.diag([WHOLE_PIXEL_SIGMA**2] * 2)
+        return _record(peak, reference, intensity, flag, np.array(peak.shift, dtype=np.float64), rounding)
+    estimate = refine(frame, reference.frame_mask if mask is None else mask, peak.shift, reference.template)
+    if estimate is None or estimate.significance < least_significance(peak.lags):
+        return _record(peak, reference, intensity, Flag.LOW_SCORE)
+    if _ambiguous(peak, estimate):
+        return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
+    return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
+
+
+def _ambiguous(peak: _Peak, estimate: Estimate) -> bool:
+    """Tell whether the second peak explains the frame as well as the first, but for noise.
+
+    The significances squared are the gains in χ² of the two shifts; their difference decides.
+    """
+    if not peak.second_score > 0:
+        return False
+    gained = min(estimate.significance, _SUREST) ** 2
+    return gained * (1 - (peak.second_score / peak.smooth_score) ** 2) < _DECISIVE
+
+
+def _record(
+    peak: _Peak,
+    reference: Reference,
+    intensity: float,
+    flag: Flag,
+    shift: Image | None = None,
+    covariance: Image | None = None,
+) -> tuple[float, ...]:
+    part = peak.pixels / np.count_nonzero(reference.mask)
+    rest = (peak.score, peak.second_score, part, intensity, int(flag))
+    if shift is None or covariance is None or flag & ~Flag.AT_EDGE:
+        return (*(np.nan,) * 5, *rest)
+    sigma = np.sqrt(np.maximum(np.diag(covariance), 0))
+    return (float(shift[0]), float(shift[1]), float(sigma[0]), float(sigma[1]), float(covariance[0, 1]), *rest)
+
+
+def least_significance(lags: int) -> float:
+    """Significance that a frame without the pattern reaches at one of so many lags with a chance of one in a million.
+
+    Under that null hypothesis the gain over its standard error, which is taken from the frame's own residuals, is
+    normal with standard deviation 1.
+    """
+    return float(-scipy.special.ndtri(_FALSE_ALARM / lags))
 
 
 def least_score(pixels: float, lags: int) -> float:
@@ -160,14 +274,14 @@ def least_score(pixels: float, lags: int) -> float:
     The NCC of ``pixels`` independent values with anything is close to normal with standard deviation
     (pixels − 2)^-½.
     """
-    return float(-scipy.special.ndtri(_FALSE_ALARM / lags) / np.sqrt(max(pixels - 2, 1)))
+    return least_significance(lags) / float(np.sqrt(max(pixels - 2, 1)))
 
 
-def _second_score(ncc: Image, row: int, column: int) -> float:
+def _second_score(scores: Image, row: int, column: int) -> float:
     """Highest local maximum away from the peak; NaN where there is none."""
-    scores = np.where(np.isnan(ncc), -np.inf, ncc)
-    peaks = scores == scipy.ndimage.maximum_filter(scores, size=3, mode="constant", cval=-np.inf)
+    known = np.where(np.isnan(scores), -np.inf, scores)
+    peaks = known == scipy.ndimage.maximum_filter(known, size=3, mode="constant", cval=-np.inf)
     reach = _SECOND_PEAK_DISTANCE
     peaks[max(0, row - reach + 1) : row + reach, max(0, column - reach + 1) : column + reach] = False
-    others = scores[peaks & np.isfinite(scores)]
+    others = known[peaks & np.isfinite(known)]
     return float(others.max()) if others.size else np.nan

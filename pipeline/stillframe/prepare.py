@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.average import reference_image
+from stillframe.average import build_reference, frames_of_kind
 from stillframe.checks import as_mask
-from stillframe.frames import FrameSource, load_image, load_mask
+from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask
 from stillframe.ncc import Mask
 from stillframe.progress import read_plan, warn
 from stillframe.records import refuse_second
@@ -73,14 +73,16 @@ def _same_run(before: dict[str, Any], settings: Settings) -> None:
 def prepare_reference(settings: Settings, source: FrameSource) -> Reference:
     """Make the reference the settings ask for; frames that cannot be read are reported and left out."""
     mask = None if settings.mask is None else load_mask(settings.mask)
-    options = {name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation")}
+    options = {name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation", "weights")}
     use = _frames_asked(settings.reference)
     if use is None:
         reference = _reference_file(Path(settings.reference).expanduser(), mask, options)
         return _same_shape(reference, source)
     valid = as_mask(mask, source.shape[1:])
-    image = reference_image(_Reader(source), source.shape[0], valid, use=use, saturation=settings.saturation)
-    return Reference(image, valid, **options)
+    kinds = frame_coordinates(source).get("kind") if settings.reference_kind else None
+    indices = frames_of_kind(settings.reference_kind, None if kinds is None else kinds.values, source.shape[0])
+    iterations = settings.reference_iterations
+    return build_reference(_Reader(source), indices, valid, use=use, iterations=iterations, **options)
 
 
 def _frames_asked(wish: str) -> int | slice | None:
@@ -110,7 +112,7 @@ class _Reader:
 def _reference_file(path: Path, mask: Mask | None, options: dict[str, Any]) -> Reference:
     if (path / "image" / "zarr.json").exists():
         stored = load_reference(path)
-        return Reference(stored.image, stored.mask if mask is None else mask, **options)
+        return replace(stored, frame_mask=stored.frame_mask if mask is None else mask, **options)
     image = load_image(path)
     return Reference(image, as_mask(mask, image.shape), **options)
 

@@ -234,7 +234,7 @@ class Holder(pydantic.BaseModel):
         if self.host != socket.gethostname():
             return silent <= STALE
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.born) < 2
+            return bool(abs(psutil.Process(self.pid).create_time() - self.born) < 2)
         except psutil.NoSuchProcess:
             return False
 

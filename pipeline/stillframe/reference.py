@@ -3,16 +3,19 @@
 import hashlib
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from stillframe.checks import as_mask, native
 from stillframe.ncc import Mask, check_options
+from stillframe.refine import Noise, Template, Weights, measure_noise, prepare_template
 from stillframe.search import Search, statistics
+
+_MOST_SMOOTHING = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,7 @@ class Reference:
     image : array_like, shape (y, x)
         Real pixels; whatever lies under the mask is set to 0 and never looked at.
     mask : array_like of bool, shape (y, x), optional
-        True = valid, fixed to the detector: the frames are valid at the same pixels. Default: all valid.
+        True = valid pixels of the image. Default: all valid.
     max_shift : int
         Largest shift looked for along either axis, pixels. The cost grows slowly with it.
     overlap_ratio : float
@@ -35,6 +38,17 @@ class Reference:
     saturation : float, optional
         Pixel value at which the detector saturates. Default: the largest value of an integer dtype,
         none for floats.
+    frame_mask : array_like of bool, shape (y, x), optional
+        True = valid pixels of the frames, fixed to the detector. Default: ``mask``. They differ where the image is a
+        mean of frames laid on one another, which may see behind the beam-block.
+    weights : {"counts", "uniform"}
+        What pixels weigh in the refinement: the inverse of the variance of counts, or the same everywhere.
+    noise : (float, float), optional
+        Variance of the image's pixels as (gain, pedestal): ``gain · (intensity − pedestal)``. Default: measured
+        from the image, whose noise must then be independent from pixel to pixel.
+    smoothing : float, optional
+        Standard deviation, pixels, of the Gaussian that smooths the templates of the refinement. Default: the one
+        that promises the smallest errors.
 
     Raises
     ------
@@ -62,6 +76,14 @@ class Reference:
     """Least overlap, as a part of the largest."""
     saturation: float | None = None
     """Pixel value at which the detector saturates; None: the limit of an integer dtype."""
+    frame_mask: Mask = None  # type: ignore[assignment]  # __post_init__ makes it an array
+    """True = valid pixels of the frames (y, x), read-only."""
+    weights: Weights = "counts"
+    """Inverse variance of counts, or uniform."""
+    noise: Noise | None = None
+    """Variance of the image's pixels; None: measured from it."""
+    smoothing: float | None = None
+    """Standard deviation of the templates' Gaussian, pixels; None: the one that promises the smallest errors."""
 
     def __post_init__(self) -> None:
         """Check every field and freeze the arrays."""
@@ -69,11 +91,18 @@ class Reference:
         mask = as_mask(self.mask, (image.shape[0], image.shape[1])).copy()
         object.__setattr__(self, "max_shift", operator.index(self.max_shift))
         check_options(self.max_shift, self.overlap_ratio)
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights is {self.weights!r}, which is not known. Choose counts or uniform.")
+        if self.noise is not None:
+            object.__setattr__(self, "noise", Noise(*map(float, self.noise)))
         _check_search(image, mask, self.max_shift)
+        own = mask if self.frame_mask is None else as_mask(self.frame_mask, mask.shape, "the mask of the frames")
+        frame_mask = own.copy()
         clean = np.where(mask, image, np.zeros((), image.dtype))
-        clean.flags.writeable = mask.flags.writeable = False
+        clean.flags.writeable = mask.flags.writeable = frame_mask.flags.writeable = False
         object.__setattr__(self, "image", clean)
         object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "frame_mask", frame_mask)
 
     def __getstate__(self) -> Mapping[str, Any]:
         """Leave out what can be computed again."""
@@ -90,8 +119,42 @@ class Reference:
 
     @cached_property
     def search(self) -> Search:
-        """The prepared exact search for whole-pixel shifts."""
-        return Search(self.image, self.mask, self.max_shift, self.overlap_ratio)
+        """The prepared exact search for whole-pixel shifts, wide enough to be smoothed."""
+        return Search(self.image, self.mask, self.frame_mask, self.max_shift + self.margin, self.overlap_ratio)
+
+    @cached_property
+    def search_smoothing(self) -> float:
+        """Standard deviation, pixels, of the Gaussian that takes noise off the scores before their peak is sought."""
+        width = self.template.smoothing if self.template and self.max_shift else 0.0
+        return min(width, _MOST_SMOOTHING) if width > 1 else 0.0
+
+    @property
+    def margin(self) -> int:
+        """Lags beyond ``max_shift`` that smoothed scores need."""
+        return min(round(2 * self.search_smoothing), min(self.shape) - 1 - self.max_shift)
+
+    @cached_property
+    def wider(self) -> "Reference | None":
+        """The same with twice the search, for frames found at its edge; None where the frame ends."""
+        reach = min(2 * self.max_shift, min(self.shape) - 1)
+        return replace(self, max_shift=reach) if reach > self.max_shift > 0 else None
+
+    @cached_property
+    def template(self) -> Template | None:
+        """What refinement to fractions of a pixel needs; None where the image holds too little for it."""
+        return prepare_template(
+            self.image.astype(np.float64), self.mask, self.known_noise, self.weights, self.smoothing
+        )
+
+    @cached_property
+    def known_noise(self) -> Noise:
+        """The noise that was stated, or else measured."""
+        return self.noise or measure_noise(self.image.astype(np.float64), self.mask)
+
+    def prepare(self) -> None:
+        """Compute now what every frame needs, so that threads find it ready."""
+        self.search.prepare()
+        _ = self.template, self.contrast
 
     @cached_property
     def contrast(self) -> float:
@@ -101,8 +164,17 @@ class Reference:
     @cached_property
     def digest(self) -> str:
         """Hash of everything a match depends on here, as hexadecimal SHA-256."""
-        settings = (self.image.dtype.str, self.shape, self.max_shift, self.overlap_ratio, self.saturation)
-        parts = (repr(settings).encode(), self.image.tobytes(), np.packbits(self.mask).tobytes())
+        numbers = (
+            self.max_shift,
+            self.overlap_ratio,
+            self.saturation,
+            self.weights,
+            self.noise and tuple(self.noise),
+            self.smoothing,
+        )
+        settings = (self.image.dtype.str, self.shape, *numbers)
+        masks = (np.packbits(mask).tobytes() for mask in (self.mask, self.frame_mask))
+        parts = (repr(settings).encode(), self.image.tobytes(), *masks)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

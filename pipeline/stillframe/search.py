@@ -201,7 +201,7 @@ class Tiles:
             product *= spectrum
             total += product
         lags = scipy.fft.irfft2(total, s=shape, overwrite_x=True)[: around + 1, : around + 1]
-        return lags.astype(np.float64)
+        return np.asarray(lags, dtype=np.float64)
 
 
 def _unbalanced(fixed: WindowSums, other: WindowSums, overlap_ratio: float) -> bool:
@@ -225,13 +225,14 @@ def _edges(length: int, radius: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Everything about one reference and one static mask that does not depend on the frame.
+    """Everything about one reference and one static mask of frames that does not depend on the frame.
 
-    ``image`` is the reference (y, x), finite where ``mask`` is True.
+    ``image`` is the reference (y, x), finite where ``mask`` is True; frames are valid where ``frame_mask`` is.
     """
 
     image: npt.NDArray[Any]
     mask: Mask
+    frame_mask: Mask
     radius: int
     overlap_ratio: float
 
@@ -276,7 +277,7 @@ class Search:
     @cached_property
     def reference_sums(self) -> WindowSums:
         """Overlap and the reference's window sums under the frames' static mask."""
-        return self.sums_under(self.mask)
+        return self.sums_under(self.frame_mask)
 
     def sums_under(self, frame_mask: Mask) -> WindowSums:
         """Overlap and the reference's window sums under any frame mask, each (2·radius+1, 2·radius+1)."""
@@ -291,7 +292,7 @@ class Search:
 
         ``seen`` are the frame's statistics; ``frame_mask`` is needed only where it differs from the static one.
         """
-        valid = self.mask if frame_mask is None else frame_mask
+        valid = self.frame_mask if frame_mask is None else frame_mask
         fixed = self.reference_sums if frame_mask is None else self.sums_under(frame_mask)
         padded, blocks = self._centre_frame(frame, valid, seen)
         total, squares = self._window_sums(padded, blocks)

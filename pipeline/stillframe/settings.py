@@ -8,6 +8,7 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
+from stillframe.refine import Weights
 from stillframe.resample import Interpolation
 
 SETTINGS_VERSION = 1
@@ -34,12 +35,18 @@ class Settings(pydantic.BaseModel):
     """Valid pixels (y, x), non-zero = valid: npy, tif, png or Zarr. Without one every pixel is valid."""
     reference: str = "0:16"
     """Frames to average ("0:16", "100"), or the path of an image or of a reference.zarr."""
+    reference_iterations: int = Field(default=3, ge=0)
+    """How often, at most, those frames are registered and averaged where the reference is."""
+    reference_kind: str | None = None
+    """Average only frames whose coordinate kind says this, such as "unpumped"."""
     max_shift: int = Field(default=32, ge=0)
     """Largest shift looked for along either axis, pixels."""
     overlap_ratio: float = Field(default=0.3, ge=0, le=1)
     """Least overlap at a shift, as a part of the largest."""
     saturation: float | None = None
     """Pixel value at which the detector saturates; the limit of an integer dtype by default."""
+    weights: Weights = "counts"
+    """What pixels weigh in the refinement: the inverse variance of counts, or uniform."""
     interpolation: Interpolation = "nearest"
     """How frames are moved: nearest (whole pixels, dtype and counts kept), linear, cubic or lanczos."""
     fill: float | None = None

@@ -22,6 +22,7 @@ from stillframe.flags import cf_attributes
 from stillframe.match import KERNEL_VERSION
 from stillframe.records import Seal, sync_file, sync_folder, write_durably
 from stillframe.reference import Reference
+from stillframe.refine import Noise
 from stillframe.units import Unit
 
 FORMAT_VERSION = 1
@@ -73,7 +74,7 @@ def shifts_dataset(matches: Any, coordinates: xr.Dataset, reference: Reference) 
     labelled = {name: (*value, _ATTRIBUTES[name]) for name, value in variables.items()}
     labelled["flag"] = ("frame", matches["flag"], {"long_name": "why a shift is missing", **cf_attributes()})
     labelled["reference"] = (("y", "x"), reference.image, {"long_name": "image every frame is laid on"})
-    labelled["mask"] = (("y", "x"), reference.mask, {"long_name": "valid pixels of the detector"})
+    labelled["mask"] = (("y", "x"), reference.frame_mask, {"long_name": "valid pixels of the detector"})
     named = {name: coordinates[name].variable for name in coordinates.variables}
     return xr.Dataset(labelled, {**named, "axis": ("axis", AXES)}, provenance(reference))
 
@@ -162,9 +163,14 @@ def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
         Path and hash; :func:`stillframe.register` takes it in place of the reference.
     """
     folder = Path(path).expanduser().absolute()
-    attributes = provenance(reference) | {"saturation": reference.saturation}
+    attributes = provenance(reference) | {
+        "saturation": reference.saturation,
+        "weights": reference.weights,
+        "noise": reference.noise and list(reference.noise),
+        "smoothing": reference.smoothing,
+    }
     image = xr.Dataset(
-        {"image": (("y", "x"), reference.image), "mask": (("y", "x"), reference.mask)},
+        {name: (("y", "x"), getattr(reference, name)) for name in ("image", "mask", "frame_mask")},
         attrs={name: value for name, value in attributes.items() if value is not None},
     )
     write_dataset(image, folder)
@@ -182,7 +188,7 @@ def load_reference(path: str | Path) -> Reference:
     try:
         with xr.open_zarr(path, chunks=None, consolidated=False) as stored:
             version, attributes = stored.attrs["format_version"], stored.attrs
-            image, mask = stored["image"].values, stored["mask"].values
+            image, mask, frame_mask = (stored[name].values for name in ("image", "mask", "frame_mask"))
     except Exception as error:
         raise ValueError(f"{path} is not a stored reference ({error}). Make one with save_reference.") from error
     if version != FORMAT_VERSION:
@@ -193,6 +199,10 @@ def load_reference(path: str | Path) -> Reference:
         max_shift=int(attributes["max_shift"]),
         overlap_ratio=float(attributes["overlap_ratio"]),
         saturation=attributes.get("saturation"),
+        frame_mask=frame_mask,
+        weights=attributes["weights"],
+        noise=Noise(*attributes["noise"]) if "noise" in attributes else None,
+        smoothing=attributes.get("smoothing"),
     )
 
 
@@ -216,7 +226,7 @@ def _loaded(path: Path, digest: str) -> Reference:
     reference = load_reference(path)
     if reference.digest != digest:
         raise ValueError(f"{path} is no longer the reference this run began with. Start the run again.")
-    reference.search.prepare()
+    reference.prepare()
     return reference
 
 

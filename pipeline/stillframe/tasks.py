@@ -66,7 +66,7 @@ class AlignUnit:
         ledger.withdraw("align", unit.number)
         reading = self.source.read(unit)
         moves = np.where(reading.damaged[:, None], np.nan, moves)
-        mask = self.reference.load().mask
+        mask = self.reference.load().frame_mask
         frames = resample_frames(reading.frames, moves, mask, interpolation=self.interpolation, fill=self.fill)
         files = write_unit(self.folder / "aligned.zarr", unit, frames)
         shifts = digest_of(work[2])
