@@ -268,7 +268,7 @@ class _Pile:
         everywhere = np.ones(self.reference.shape, np.bool_)
         back = np.stack([-estimate.shift] * 2)
         expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
-        expected = estimate.gain * expected + estimate.offset
+        expected = estimate.gain * (expected - self.reference.template.level) + estimate.offset
         count = self.reference.template.grain * estimate.variance / estimate.gain
         scatter = (estimate.variance + estimate.gain**2 * self.reference.template.variance) * np.maximum(variance, 0)
         limit = count_limit(scatter, count, _SURELY_OUT) + _MISMATCH * np.abs(expected)
@@ -279,6 +279,8 @@ class _Pile:
         seen = self.counts >= max(1.0, self.used / 2)
         image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=seen & (self.gains > 0))
         part = sum(one.variance for one in self.estimates) / sum(one.gain for one in self.estimates) ** 2
+        level = self.reference.template.level if self.reference.template else 0.0
+        image = np.where(seen, image + level, 0)
         gain, pedestal = self.reference.known_noise
         noise = Noise(gain * part, pedestal) if gain > 0 else Noise(0.0, pedestal * part)
         return replace(self.reference, image=image.astype(np.float32), mask=seen, noise=noise)

@@ -142,9 +142,11 @@ class Reference:
     @cached_property
     def template(self) -> Template | None:
         """What refinement to fractions of a pixel needs; None where the image holds too little for it."""
-        return prepare_template(
-            self.image.astype(np.float64), self.mask, self.known_noise, self.weights, self.smoothing
-        )
+        gain, pedestal = self.known_noise
+        level = statistics(self.image, self.mask, np.inf).mean
+        centred = np.where(self.mask, self.image.astype(np.float64) - level, 0)
+        above = Noise(gain, pedestal - level if gain > 0 else pedestal)
+        return prepare_template(centred, self.mask, above, self.weights, self.smoothing, level=level)
 
     @cached_property
     def known_noise(self) -> Noise:

@@ -64,7 +64,7 @@ class Estimate(NamedTuple):
     gain: float
     """Intensity relative to the reference."""
     offset: float
-    """Intensity added to that."""
+    """Intensity of the frame where the reference is at its level."""
     variance: float
     """The frame's variance times the template's weight."""
     significance: float
@@ -127,7 +127,9 @@ class Template:
     """All of a reference that refinement needs and no frame changes."""
 
     image: Image
-    """The reference (y, x), 0 where invalid."""
+    """The reference (y, x) less its level, 0 where invalid."""
+    level: float
+    """Mean of the reference."""
     runs: npt.NDArray[np.int64]
     """Support as runs (row, first, stop)."""
     fields: npt.NDArray[np.float32]
@@ -153,14 +155,21 @@ class Template:
 
 
 def prepare_template(
-    image: Image, mask: Mask, noise: Noise, weights: Weights = "counts", smoothing: float | None = None
+    image: Image,
+    mask: Mask,
+    noise: Noise,
+    weights: Weights = "counts",
+    smoothing: float | None = None,
+    *,
+    level: float = 0.0,
 ) -> Template | None:
     """Prepare the templates, with the smoothing that promises the smallest errors unless one is given.
 
+    ``level`` was taken off the image, so that single precision holds it whatever its pedestal.
     Returns None where the picture holds too little structure for its noise, or too few pixels.
     """
     width = smoothing or _best_smoothing(image, mask, noise, weights)
-    return None if width is None else _template(_Draft.of(image, mask, noise, weights, width), noise)
+    return None if width is None else _template(_Draft.of(image, mask, noise, weights, width), noise, level)
 
 
 def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
@@ -223,7 +232,7 @@ class _Draft:
         return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((5, 5))])
 
 
-def _template(draft: _Draft, noise: Noise) -> Template | None:
+def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     """Sum what the estimating equations need over the support."""
     if np.count_nonzero(draft.support) < _FEWEST:
         return None
@@ -240,6 +249,7 @@ def _template(draft: _Draft, noise: Noise) -> Template | None:
     inverse = np.linalg.inv(_curvature(model))
     return Template(
         image=draft.image,
+        level=level,
         runs=runs,
         fields=fields,
         model=model,

@@ -29,7 +29,7 @@ from stillframe.scene import Experiment, evaluate
 
 SEED = 20261122
 DOSES = {("rings", 512): (500, 50, 5, 0.6), ("spots", 512): (2000, 200, 20, 2)}
-DOSES |= {("rings", 2048): (50, 5, 0.6, 0.1), ("spots", 2048): (200, 20, 2, 0.3)}
+DOSES |= {("rings", 2048): (500, 5), ("spots", 2048): (2000, 20)}
 HEADS = "case|px|dose|reference|bound (px)|rms / bound|slope ± se|sd of z|in 1 sigma|failed|parabola|scikit-image"
 
 
