@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_the_demonstration_tells_the_truth(tmp_path):
         error = (shifts["shift"] - truth["true_shift"].values).values
     rms = np.sqrt(np.nanmean((error - np.nanmedian(error, axis=0)) ** 2, axis=0))
     np.testing.assert_allclose(rms, [float(masked[2]), float(masked[3])], atol=6e-4)
+
+
+def test_the_selftest_moves_the_users_own_frames(stored, tmp_path):
+    frames, mask = stored
+    shown = stillframe("selftest", frames, "--mask", mask, "--max-shift", 12, "--count", 40, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "error / sigma" in shown.stdout
+    report = json.loads((tmp_path / "selftest.json").read_text())
+    assert report["failed"] == 0
+    assert 0.7 < np.mean(report["ratio"]) < 1.3
+    assert np.abs(report["pull"]).max() < 0.02
+    assert sum(report["fractions"]) == 80
+    assert max(report["fractions"]) < 20
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ NUMERIC = (
     "ncc",
     "reference",
     "resample",
+    "refine",
     "scene",
     "search",
+    "selftest",
     "settings",
     "units",
 )

@@ -14,7 +14,7 @@ from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
 from stillframe.reference import Reference, saturation_limit
-from stillframe.refine import Estimate, refine
+from stillframe.refine import Estimate, Template, refine
 from stillframe.search import Statistics, statistics
 
 KERNEL_VERSION = 2
@@ -36,10 +36,10 @@ _SATURATED_PART = 0.05
 """A frame with more than this part of its valid pixels at the limit has lost its peaks."""
 _FALSE_ALARM = 1e-6
 """Chance per frame that pure noise passes as a match."""
-_DECISIVE = 30.0
-"""A second peak that explains the frame worse by at least this much χ² is out of the question (5.5 sigma)."""
-_SUREST = 1e4
-"""No significance is believed beyond this: the model is not that good."""
+_DECISIVE = 5.5
+"""A second peak that is lower by this many standard deviations is out of the question."""
+_AS_GOOD = 0.9
+"""A second shift with more than this part of the first's significance makes it ambiguous."""
 _SECOND_PEAK_DISTANCE = 3
 """A second peak lies at least this many pixels from the first, along one axis."""
 
@@ -170,6 +170,7 @@ class _Peak(NamedTuple):
     score: float
     smooth_score: float
     second_score: float
+    second_shift: tuple[int, int]
     pixels: float
     lags: int
     at_edge: bool
@@ -184,12 +185,14 @@ def _find_peak(ncc: Image, overlap: Image, reference: Reference) -> _Peak:
         scores = ncc[wanted, wanted]
     row, column = (int(place) for place in np.unravel_index(np.nanargmax(scores), scores.shape))
     at_edge = radius > 0 and max(abs(row - radius), abs(column - radius)) == radius
+    second, second_row, second_column = _second_peak(scores, row, column)
     near = ncc[wanted, wanted][max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
     return _Peak(
         shift=(row - radius, column - radius),
         score=float(np.nanmax(near)),
         smooth_score=float(scores[row, column]),
-        second_score=_second_score(scores, row, column),
+        second_score=second,
+        second_shift=(second_row - radius, second_column - radius),
         pixels=float(overlap[wanted, wanted][row, column]),
         lags=scores.size,
         at_edge=at_edge,
@@ -224,23 +227,29 @@ def _refined(
         flag = Flag.LOW_SCORE if peak.score < least_score(peak.pixels, peak.lags) else Flag(known)
         rounding = np.diag([WHOLE_PIXEL_SIGMA**2] * 2)
         return _record(peak, reference, intensity, flag, np.array(peak.shift, dtype=np.float64), rounding)
-    estimate = refine(frame, reference.frame_mask if mask is None else mask, peak.shift, reference.template)
+    valid = reference.frame_mask if mask is None else mask
+    estimate = refine(frame, valid, peak.shift, reference.template)
     if estimate is None or estimate.significance < least_significance(peak.lags):
         return _record(peak, reference, intensity, Flag.LOW_SCORE)
-    if _ambiguous(peak, estimate):
+    if _ambiguous(frame, valid, peak, estimate, reference.template):
         return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
     return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
 
 
-def _ambiguous(peak: _Peak, estimate: Estimate) -> bool:
-    """Tell whether the second peak explains the frame as well as the first, but for noise.
+def _ambiguous(frame: npt.NDArray[Any], mask: Mask, peak: _Peak, estimate: Estimate, template: Template) -> bool:
+    """Tell whether another shift explains the frame as well.
 
-    The significances squared are the gains in χ² of the two shifts; their difference decides.
+    Scores of n pixels scatter by (1 − score²) n^-½. Where the second peak is no lower than that allows, as between
+    the vectors of a lattice or under spikes, it is refined too: another shift of about the same significance makes
+    the first ambiguous.
     """
-    if not peak.second_score > 0:
+    scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
+    if not peak.smooth_score - peak.second_score < _DECISIVE * np.sqrt(2) * scatter:
         return False
-    gained = min(estimate.significance, _SUREST) ** 2
-    return gained * (1 - (peak.second_score / peak.smooth_score) ** 2) < _DECISIVE
+    other = refine(frame, mask, peak.second_shift, template)
+    if other is None or np.abs(other.shift - estimate.shift).max() < 1:
+        return False
+    return other.significance > _AS_GOOD * estimate.significance
 
 
 def _record(
@@ -277,11 +286,13 @@ def least_score(pixels: float, lags: int) -> float:
     return least_significance(lags) / float(np.sqrt(max(pixels - 2, 1)))
 
 
-def _second_score(scores: Image, row: int, column: int) -> float:
-    """Highest local maximum away from the peak; NaN where there is none."""
+def _second_peak(scores: Image, row: int, column: int) -> tuple[float, int, int]:
+    """Highest local maximum away from the peak, and where it is; NaN where there is none."""
     known = np.where(np.isnan(scores), -np.inf, scores)
     peaks = known == scipy.ndimage.maximum_filter(known, size=3, mode="constant", cval=-np.inf)
     reach = _SECOND_PEAK_DISTANCE
     peaks[max(0, row - reach + 1) : row + reach, max(0, column - reach + 1) : column + reach] = False
-    others = known[peaks & np.isfinite(known)]
-    return float(others.max()) if others.size else np.nan
+    others = np.where(peaks, known, -np.inf)
+    where = np.unravel_index(np.argmax(others), others.shape)
+    highest = float(others[where])
+    return highest if np.isfinite(highest) else np.nan, int(where[0]), int(where[1])

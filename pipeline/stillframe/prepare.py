@@ -12,14 +12,19 @@ import numpy.typing as npt
 from stillframe.average import build_reference, frames_of_kind
 from stillframe.checks import as_mask
 from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask
+from stillframe.match import match_frames
 from stillframe.ncc import Mask
 from stillframe.progress import read_plan, warn
 from stillframe.records import refuse_second
 from stillframe.reference import Reference
+from stillframe.refine import Noise, measure_noise
 from stillframe.resample import output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
 from stillframe.store import load_reference
 from stillframe.units import Plan, Unit, make_plan
+
+_MEASURED = 9
+"""Frames whose noise is measured."""
 
 
 def check_folder(settings: Settings) -> None:
@@ -115,6 +120,24 @@ def _reference_file(path: Path, mask: Mask | None, options: dict[str, Any]) -> R
         return replace(stored, frame_mask=stored.frame_mask if mask is None else mask, **options)
     image = load_image(path)
     return Reference(image, as_mask(mask, image.shape), **options)
+
+
+def single_frame_noise(source: FrameSource, reference: Reference) -> Noise:
+    """Measure the noise of single frames: the median of a few, spread over the stack, that show the pattern.
+
+    Raises
+    ------
+    ValueError
+        None of them can be registered.
+    """
+    found = []
+    for index in np.unique(np.linspace(0, source.shape[0] - 1, _MEASURED).astype(int)):
+        frames = _Reader(source)([int(index)])
+        if len(frames) and not match_frames(frames, reference)["flag"][0]:
+            found.append(measure_noise(frames[0].astype(np.float64), reference.frame_mask))
+    if not found:
+        raise ValueError("none of the frames fits the reference: check the mask, and which frames the reference is of.")
+    return sorted(found)[len(found) // 2]
 
 
 def _same_shape(reference: Reference, source: FrameSource) -> Reference:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from stillframe.flags import Flag
 from stillframe.records import Holder, Ledger, Stage, UnitRecord, digest_of, read_lease, write_durably
+from stillframe.selftest import Report
 from stillframe.units import Plan, Unit
 
 PLAN_VERSION = 1
@@ -221,3 +222,25 @@ def _driver(holder: Holder | None, finished: bool) -> str:
     if holder:
         return f"driven by process {holder.pid} on {holder.host} since {holder.since}"
     return "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"
+
+
+def print_selftest(report: Report, console: Console) -> None:
+    """Print what a self-test found, one line a figure."""
+    table = Table("", "y", "x", "", box=None)
+    rows = (
+        ("bias (px)", report.bias, "common to all frames"),
+        ("rms error (px)", report.rms, ""),
+        ("claimed sigma (px)", report.claimed, ""),
+        ("error / sigma", report.ratio, "1 is right"),
+        ("pull towards zero", report.pull, "0 is right, -1 a lock"),
+        ("pixel locking", report.locking, "0 is right, -1 whole pixels"),
+    )
+    for name, (y, x), remark in rows:
+        table.add_row(name, f"{y:+.4f}", f"{x:+.4f}", remark)
+    console.print(table)
+    most = max(*report.fractions, 1)
+    for tenth, number in enumerate(report.fractions):
+        console.print(
+            f"fraction {tenth / 10 - 0.5:+.1f}…{tenth / 10 - 0.4:+.1f}  {'#' * round(30 * number / most)} {number}"
+        )
+    console.print(f"{report.frames} frames, {report.failed:.1%} of them without a shift")

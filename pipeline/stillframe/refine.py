@@ -66,7 +66,7 @@ class Estimate(NamedTuple):
     offset: float
     """Intensity of the frame where the reference is at its level."""
     variance: float
-    """The frame's variance times the template's weight."""
+    """The frame's variance over the reference's."""
     significance: float
     """The gain in units of its standard error: how surely the pattern is there at all."""
     outliers: float
@@ -91,16 +91,16 @@ def smooth(image: Image, mask: Mask, width: float) -> Image:
 def measure_noise(image: Image, mask: Mask) -> Noise:
     """Measure gain and pedestal from one picture with independent noise: its photon-transfer curve.
 
-    The second difference along both axes removes what is smooth and leaves 36 times the noise's variance
-    (J. Immerkær, CVIU 64(2), 300, 1996, doi 10.1006/cviu.1996.0060); against the local intensity it is a line.
+    The fourth difference along both axes removes what is smooth and leaves 70² times the noise's variance (after
+    J. Immerkær, CVIU 64(2), 300, 1996, doi 10.1006/cviu.1996.0060); against the local intensity it is a line.
     """
-    kernel = np.array([1.0, -2.0, 1.0])
+    kernel = np.array([1.0, -4.0, 6.0, -4.0, 1.0])
     residual = scipy.ndimage.correlate1d(np.where(mask, image, 0.0), kernel, axis=0)
     residual = scipy.ndimage.correlate1d(residual, kernel, axis=1)
-    inner = scipy.ndimage.binary_erosion(mask, np.ones((3, 3)))
+    inner = scipy.ndimage.binary_erosion(mask, np.ones((5, 5)))
     if np.count_nonzero(inner) < _FEWEST:
         return Noise(1.0, 0.0)
-    variance, intensity = residual[inner] ** 2 / 36, smooth(image, mask, 2.0)[inner]
+    variance, intensity = residual[inner] ** 2 / 70**2, smooth(image, mask, 2.0)[inner]
     order = np.argsort(intensity, kind="stable")
     parts = [(intensity[part].mean(), _trimmed_mean(variance[part])) for part in np.array_split(order, 32)]
     return _line(*np.array(parts).T)
@@ -133,7 +133,7 @@ class Template:
     runs: npt.NDArray[np.int64]
     """Support as runs (row, first, stop)."""
     fields: npt.NDArray[np.float32]
-    """Over the support: weight, reference, slopes along y and x of the smoothed reference, and the latter."""
+    """Over the support: variance, reference, slopes along y and x of the smoothed reference, and the latter."""
     model: Image
     """Σ T_k(p) R(p + lag), noise taken off, (4, 5, 5)."""
     shared: Image
@@ -142,8 +142,8 @@ class Template:
     """Σ T_k, (4,)."""
     wander: Image
     """How the reference's noise changes with the fraction: Σ ∂_i T_k ∂_j T_l v, (2, 2, 2, 2)."""
-    variance: float
-    """The reference's variance times the weight."""
+    uniform: float
+    """The weight of every pixel; 0 where it is the inverse of the variance."""
     products: Image
     """Σ T_k T_l v of the reference's variance v, (4, 4)."""
     grain: float
@@ -195,6 +195,7 @@ class _Draft:
     weight: Image
     support: Mask
     width: float
+    uniform: float
 
     @classmethod
     def of(cls, image: Image, mask: Mask, noise: Noise, weights: Weights, width: float) -> "_Draft":
@@ -202,9 +203,12 @@ class _Draft:
         soft = smooth(image, mask, width)
         slopes = np.stack([scipy.ndimage.correlate1d(soft, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)])
         scatter = np.where(mask, variance_of(soft, mask, noise), 0)
-        usual = float(scatter[mask].mean())
-        weight = np.divide(1, scatter, out=np.zeros_like(scatter), where=mask) if weights == "counts" else mask / usual
-        return cls(image, soft, slopes, scatter, weight, _support(mask, weight * (slopes**2).sum(axis=0)), width)
+        uniform = 0.0 if weights == "counts" else float(1 / scatter[mask].mean())
+        inverse = np.divide(1, scatter, out=np.zeros_like(scatter), where=mask)
+        weight = mask.astype(np.float64) * uniform if uniform else inverse
+        return cls(
+            image, soft, slopes, scatter, weight, _support(mask, weight * (slopes**2).sum(axis=0)), width, uniform
+        )
 
     def promise(self) -> float:
         """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails."""
@@ -237,12 +241,12 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     if np.count_nonzero(draft.support) < _FEWEST:
         return None
     support = draft.support
-    parts = (draft.weight, draft.image, draft.slopes[0], draft.slopes[1], draft.soft)
+    parts = (draft.scatter, draft.image, draft.slopes[0], draft.slopes[1], draft.soft)
     fields = np.stack([part[support] for part in parts]).astype(np.float32)
     runs = runs_of(support)
     shared = draft.shared_noise()
-    model = _model_sums(draft.image, runs, fields) - shared
-    weight = fields[0].astype(np.float64)
+    model = _model_sums(draft.image, runs, fields, draft.uniform) - shared
+    weight = draft.weight[support]
     templates = np.stack([weight * fields[2], weight * fields[3], weight * fields[4], weight])
     scatter = draft.scatter[support]
     products = (templates * scatter) @ templates.T
@@ -256,7 +260,7 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
         shared=shared,
         totals=templates.sum(axis=1),
         wander=_wander(draft.weight * draft.slopes, support, draft.scatter),
-        variance=float(np.mean(scatter * weight)),
+        uniform=draft.uniform,
         products=products,
         grain=noise.gain,
         smoothing=draft.width,
@@ -265,21 +269,23 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _model_sums(image: Image, runs: npt.NDArray[np.int64], fields: npt.NDArray[np.float32]) -> Image:
+def _model_sums(image: Image, runs: npt.NDArray[np.int64], fields: npt.NDArray[np.float32], uniform: float) -> Image:
     """Σ T_k(p) R(p + lag) over the support, (4, 5, 5)."""
     model = np.zeros((4, 5, 5))
     i = 0
     for k in range(runs.shape[0]):
         for column in range(runs[k, 1], runs[k, 2]):
-            _add_model(model, 1.0, fields[:, i], image, runs[k, 0], column)
+            weight = uniform if uniform > 0 else 1 / np.float64(fields[0, i])
+            _add_model(model, weight, fields[:, i], image, runs[k, 0], column)
             i += 1
     return model
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _add_model(model: Image, sign: float, field: npt.NDArray[np.float32], image: Image, row: int, column: int) -> None:
+def _add_model(
+    model: Image, weight: float, field: npt.NDArray[np.float32], image: Image, row: int, column: int
+) -> None:
     """Add what one pixel of the support gives to the model."""
-    weight = sign * field[0]
     for dy in range(5):
         for dx in range(5):
             value = weight * image[row + dy - 2, column + dx - 2]
@@ -339,7 +345,7 @@ class _Sums(NamedTuple):
     scatter: Image
     """Σ T_k T_l r², (4, 4)."""
     squares: float
-    """Σ w r²."""
+    """Σ r² over the reference's variance."""
     used: int
     """Pixels that were used."""
     outliers: int
@@ -358,9 +364,10 @@ def _pass(
 ) -> _Sums:
     """Go through the support once.
 
-    Parameters are ε_y, ε_x, gain, offset, the frame's variance times the weight, that of the reference, its grain.
+    Parameters are ε_y, ε_x, gain, offset, the frame's variance over the reference's, the reference's grain, and the
+    weight of every pixel if it is uniform.
     """
-    ey, ex, gain, offset, own, known, grain = parameters
+    ey, ex, gain, offset, own, grain, uniform = parameters
     data, totals, scatter, model = np.zeros(4), np.zeros(4), np.zeros((4, 4)), np.zeros((4, 5, 5))
     template = np.zeros(4)
     squares, used, outliers = 0.0, 0, 0
@@ -372,7 +379,8 @@ def _pass(
         row, y = runs[k, 0], runs[k, 0] - start[0]
         for column in range(runs[k, 1], runs[k, 2]):
             x = column - start[1]
-            weight, level = np.float64(fields[0, i]), np.float64(fields[1, i])
+            spread, level = np.float64(fields[0, i]), np.float64(fields[1, i])
+            weight = uniform if uniform > 0 else 1 / spread
             slope_y, slope_x, soft = np.float64(fields[2, i]), np.float64(fields[3, i]), np.float64(fields[4, i])
             i += 1
             template[0], template[1] = weight * slope_y, weight * slope_x
@@ -381,12 +389,12 @@ def _pass(
             if good:
                 value = np.float64(frame[y, x])
                 residual = value - gain * (level + ey * slope_y + ex * slope_x) - offset
-                variance = (own + gain * gain * known) / weight
+                variance = (own + gain * gain) * spread
                 limit = _OUTLIER * np.sqrt(variance)
                 if residual < limit + skew and residual > -limit - skew_reference:
                     square = residual * residual
                     used += 1
-                    squares += weight * square
+                    squares += square / spread
                     for a in range(4):
                         data[a] += template[a] * value
                         for b in range(a + 1):
@@ -395,7 +403,7 @@ def _pass(
                 outliers += 1
             for a in range(4):
                 totals[a] += template[a]
-            _add_model(model, 1.0, fields[:, i - 1], image, row, column)
+            _add_model(model, weight, fields[:, i - 1], image, row, column)
     for a in range(4):
         for b in range(a):
             scatter[b, a] = scatter[a, b]
@@ -447,8 +455,8 @@ def _solve_near(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], tem
         values, jacobian = solution
         step = np.abs(values[:2] - parameters[:2]).max()
         square = sums.squares / sums.used
-        own = max(square - values[2] ** 2 * template.variance, 0.1 * square, 1e-3 * parameters[4])
-        parameters = np.array([*values, own, template.variance, template.grain])
+        own = max(square - values[2] ** 2, 0.1 * square, 1e-3 * parameters[4])
+        parameters = np.array([*values, own, template.grain, template.uniform])
         if np.abs(values[:2]).max() > _FARTHEST:
             break
         if step < 1e-3 and abs(sums.outliers - seen) <= 1e-5 * sums.used:
@@ -461,7 +469,7 @@ def _first_guess(
     frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template: Template
 ) -> npt.NDArray[np.float64] | None:
     """Gain, offset and scatter from a sample of pixels, the largest residuals left out."""
-    weight, level, _, _, _ = template.fields
+    spread, level, _, _, _ = template.fields
     rows, columns = _places(template.runs)
     step = max(1, len(rows) // _SAMPLE)
     rows, columns = rows[::step] - start[0], columns[::step] - start[1]
@@ -470,7 +478,7 @@ def _first_guess(
     if np.count_nonzero(inside) < _FEWEST:
         return None
     values = frame[rows[inside], columns[inside]].astype(np.float64)
-    known, root = level[::step][inside].astype(np.float64), np.sqrt(weight[::step][inside].astype(np.float64))
+    known, root = level[::step][inside].astype(np.float64), 1 / np.sqrt(spread[::step][inside].astype(np.float64))
     kept = np.ones(len(values), np.bool_)
     for _ in range(3):
         design = np.stack([known, np.ones_like(known)], axis=1)[kept] * root[kept, None]
@@ -478,8 +486,8 @@ def _first_guess(
         residual = np.abs(values - gain * known - offset) * root
         kept = residual <= np.quantile(residual, 0.97)
     scatter = 1.2 * float(np.mean(residual[kept] ** 2))
-    own = max(scatter - gain**2 * template.variance, 0.3 * scatter)
-    return np.array([0.0, 0.0, max(gain, 1e-12), offset, own, template.variance, template.grain])
+    own = max(scatter - gain**2, 0.3 * scatter)
+    return np.array([0.0, 0.0, max(gain, 1e-12), offset, own, template.grain, template.uniform])
 
 
 def _places(runs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,0 +1,197 @@
+"""Shifts to a fraction of a pixel: unbiased, at the Cramér–Rao bound, with errors one can believe."""
+
+import numpy as np
+import pytest
+
+from stillframe import Flag, Reference, make_reference, match_frames
+from stillframe.average import frames_of_kind
+from stillframe.refine import Noise, measure_noise, smooth
+from stillframe.scene import Experiment, evaluate
+
+SHAPE = (160, 160)
+
+
+class Draw:
+    """Frames of one pattern on one detector, at any shift."""
+
+    def __init__(self, pattern="rings", dose=100.0, seed=0):
+        self.pattern, self.dose, self.seed = pattern, dose, seed
+        self.detector = Experiment(frames=1, shape=SHAPE, dose=dose, seed=3).detector
+        self.mask = self.detector.mask
+
+    def expected(self, shift):
+        return self.detector.see(self.dose * evaluate(self.pattern, SHAPE, shift))
+
+    def frames(self, count, reach=4.0, seed=0):
+        rng = np.random.default_rng([self.seed, seed])
+        shifts = rng.uniform(-reach, reach, (count, 2))
+        return np.stack([rng.poisson(self.expected(shift)) for shift in shifts]).astype(np.uint16), shifts
+
+    def bound(self):
+        mean = self.dose * evaluate(self.pattern, SHAPE, (0, 0))
+        information = [[np.sum((a * b / mean)[self.mask]) for a in np.gradient(mean)] for b in np.gradient(mean)]
+        return np.sqrt(np.diag(np.linalg.inv(information)))
+
+
+def errors(matches, shifts):
+    assert not matches["flag"].any()
+    found = np.stack([matches["dy"], matches["dx"]], axis=1) - shifts
+    return found - found.mean(axis=0), np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)
+
+
+@pytest.mark.parametrize("pattern", ["rings", "spots"])
+@pytest.mark.parametrize("weights", ["counts", "uniform"])
+def test_errors_meet_the_bound_and_sigma_says_so(pattern, weights):
+    draw = Draw(pattern)
+    frames, shifts = draw.frames(150)
+    reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, weights=weights, noise=(1e-6, 0))
+    error, sigma = errors(match_frames(frames, reference), shifts)
+    excess = {"counts": 1.2, "uniform": 2.2}[weights]
+    assert (error.std(axis=0) < excess * draw.bound()).all()
+    assert (error / sigma).std() == pytest.approx(1, abs=0.12)
+    fraction = shifts - np.rint(shifts)
+    slope = [np.polyfit(fraction[:, axis], error[:, axis], 1)[0] for axis in (0, 1)]
+    np.testing.assert_allclose(slope, 0, atol=3.5 * error.std() / (0.29 * np.sqrt(150)))
+
+
+def test_a_reference_of_one_noisy_frame_does_not_attenuate():
+    """The slope of the error against the fraction would be −0.2 here if its noise were taken for structure."""
+    draw = Draw(dose=20.0)
+    frames, shifts = draw.frames(200)
+    reference = Reference(draw.frames(1, reach=0.0, seed=1)[0][0], draw.mask, max_shift=8)
+    error, sigma = errors(match_frames(frames, reference), shifts)
+    fraction = shifts - np.rint(shifts)
+    slope = np.polyfit(fraction.ravel(), error.ravel(), 1)[0]
+    assert abs(slope) < 0.03 + 2.5 * error.std() / (0.29 * np.sqrt(400))
+    assert (error.std(axis=0) < 1.3 * np.sqrt(2) * draw.bound()).all()
+    assert 0.8 < (error / sigma).std() < 1.2
+
+
+def test_spikes_that_no_mask_names_do_little_harm():
+    draw = Draw()
+    frames, shifts = draw.frames(100)
+    rng = np.random.default_rng(5)
+    hit = rng.random(frames.shape) < 0.01
+    spoiled = np.where(hit, frames + rng.integers(50, 3000, frames.shape), frames).astype(np.uint16)
+    reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(1e-6, 0))
+    error, _ = errors(match_frames(spoiled, reference), shifts)
+    assert (error.std(axis=0) < 1.35 * draw.bound()).all()
+
+
+def test_masks_of_single_frames_are_refined_alike():
+    draw = Draw()
+    frames, shifts = draw.frames(40)
+    masks = draw.mask & (np.random.default_rng(1).random(frames.shape) > 0.02)
+    reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(1e-6, 0))
+    error, _ = errors(match_frames(np.where(masks, frames, 60000).astype(np.uint16), reference, masks=masks), shifts)
+    assert (error.std(axis=0) < 1.5 * draw.bound()).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.float64])
+def test_gain_and_pedestal_of_the_detector_are_measured(dtype):
+    draw = Draw(dose=300.0)
+    frame = draw.frames(1)[0][0].astype(dtype)
+    gain, pedestal = measure_noise(3.0 * frame + 40, draw.mask)
+    assert gain == pytest.approx(3, rel=0.25)
+    assert pedestal == pytest.approx(40, abs=10)
+
+
+def test_smoothing_looks_at_valid_pixels_only():
+    mask = np.ones((20, 20), bool)
+    mask[8:12, 8:12] = False
+    np.testing.assert_allclose(smooth(np.where(mask, 5.0, 1e9), mask, 2.0), 5.0)
+
+
+class TestIteratedReference:
+    def test_is_sharp_where_the_plain_mean_is_smeared(self):
+        draw = Draw("spots", dose=50.0)
+        stack, _ = draw.frames(48, reach=5.0, seed=2)
+        frames, shifts = draw.frames(100, seed=3)
+        plain = make_reference(stack, draw.mask, use=slice(48), max_shift=12)
+        sharp = make_reference(stack, draw.mask, use=slice(48), iterations=5, max_shift=12)
+        error, sigma = errors(match_frames(frames, sharp), shifts)
+        smeared, _ = errors(match_frames(frames, plain), shifts)
+        assert (error.std(axis=0) < 1.25 * draw.bound()).all()
+        assert (smeared.std(axis=0) > 1.3 * error.std(axis=0)).all()
+        assert 0.85 < (error / sigma).std() < 1.15
+        assert sharp.noise.gain == pytest.approx(1 / 48, rel=0.15)
+
+    def test_never_takes_in_what_cannot_be_registered(self):
+        draw = Draw()
+        stack, _ = draw.frames(16, reach=2.0)
+        spoiled = np.concatenate([stack, stack[:4] * 0, np.full_like(stack[:4], 65535)])
+        noise = np.random.default_rng(0).poisson(stack.mean(), stack[:4].shape).astype(np.uint16)
+        spoiled = np.concatenate([spoiled, noise])
+        clean = make_reference(stack, draw.mask, use=slice(16), iterations=2, max_shift=8)
+        other = make_reference(spoiled, draw.mask, use=slice(28), iterations=4, max_shift=8)
+        both = clean.mask & other.mask
+        assert np.corrcoef(clean.image[both], other.image[both])[0, 1] > 0.999
+
+    def test_is_the_same_every_time(self):
+        draw = Draw()
+        stack, _ = draw.frames(12)
+        made = [make_reference(stack, draw.mask, use=slice(12), iterations=3, max_shift=8) for _ in range(2)]
+        assert made[0].digest == made[1].digest
+
+    def test_leaves_spikes_out(self):
+        draw = Draw()
+        stack, _ = draw.frames(24, reach=2.0)
+        spoiled = stack.copy()
+        spoiled[:, 40:44, 100:104] = 0
+        spoiled[7, 40:44, 100:104] = 60000
+        reference = make_reference(spoiled, draw.mask, use=slice(24), iterations=4, max_shift=8)
+        assert reference.image[36:48, 96:108].max() < 1000
+
+    def test_sees_behind_the_block_where_frames_do(self):
+        draw = Draw()
+        stack, _ = draw.frames(24, reach=10.0)
+        reference = make_reference(stack, draw.mask, use=slice(24), iterations=4, max_shift=24)
+        assert (reference.mask & draw.detector.block).any()
+        np.testing.assert_array_equal(reference.frame_mask, draw.mask)
+
+    def test_takes_one_kind_of_frames(self):
+        kinds = np.array(["pumped", "unpumped", "pumped", "unpumped"], dtype=object)
+        assert list(frames_of_kind("unpumped", kinds, 4)) == [1, 3]
+        with pytest.raises(ValueError, match="the store names pumped, unpumped"):
+            frames_of_kind("off", kinds, 4)
+        with pytest.raises(ValueError, match="names no kinds"):
+            frames_of_kind("off", None, 4)
+
+
+class TestFlags:
+    def test_a_perfect_lattice_does_not_hop(self):
+        """Every lattice vector explains an endless crystal as well as any other."""
+        y, x = np.mgrid[:128, :128]
+        lattice = 30 * (1 + np.cos(2 * np.pi * y / 16) * np.cos(2 * np.pi * x / 16)) + 1
+        rng = np.random.default_rng(0)
+        reference = Reference(rng.poisson(lattice), max_shift=20)
+        matches = match_frames(rng.poisson(np.broadcast_to(lattice, (5, 128, 128))), reference)
+        assert (matches["flag"] == Flag.AMBIGUOUS_PEAK).all()
+        assert np.isnan(matches["dy"]).all()
+        assert (matches["second_score"] > 0.9 * matches["score"]).all()
+
+    def test_a_crystal_that_ends_is_found(self):
+        draw = Draw("spots")
+        frames, shifts = draw.frames(20, reach=10.0)
+        reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=24, noise=(1e-6, 0))
+        errors(match_frames(frames, reference), shifts)
+
+    def test_noise_alone_is_no_match(self):
+        draw = Draw()
+        reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(1e-6, 0))
+        flat = np.random.default_rng(0).poisson(50, (40, *SHAPE)).astype(np.uint16)
+        assert (match_frames(flat, reference)["flag"] == Flag.LOW_SCORE).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"weights": "best"}, "Choose counts or uniform"), ({"frame_mask": np.ones((3, 3))}, "shape")],
+)
+def test_wrong_options_are_told(options, words):
+    with pytest.raises(ValueError, match=words):
+        Reference(np.eye(32), max_shift=4, **options)
+
+
+def test_noise_is_what_it_says():
+    reference = Reference(np.eye(32), max_shift=4, noise=(2, 1))
+    assert reference.known_noise == Noise(2.0, 1.0)
