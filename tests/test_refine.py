@@ -176,6 +176,13 @@ class TestFlags:
         reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=24, noise=(1e-6, 0))
         errors(match_frames(frames, reference), shifts)
 
+    def test_a_frame_without_beam_is_dark_whatever_its_pedestal(self):
+        draw = Draw()
+        frames, _ = draw.frames(1, reach=0.0)
+        reference = Reference(frames[0] + 100, draw.mask, max_shift=8)
+        off = np.random.default_rng(0).normal(100, 4, (20, *SHAPE))
+        assert (match_frames(off, reference)["flag"] == Flag.DARK).all()
+
     def test_noise_alone_is_no_match(self):
         draw = Draw()
         reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(1e-6, 0))

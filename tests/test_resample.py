@@ -129,3 +129,38 @@ def test_wrong_arguments_are_told():
         resample_frames(np.ones((1, 8, 8)), [(0, 0)], np.ones((8, 8), bool), interpolation="spline")
     with pytest.raises(ValueError, match="give \\(frame, 2\\)"):
         resample_frames(np.ones((2, 8, 8)), [(0, 0)], np.ones((8, 8), bool))
+
+
+def peaks(shifts, width=2.0, size=48):
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    return np.stack([np.exp(-((y + dy) ** 2 + (x + dx) ** 2) / (2 * width**2)) for dy, dx in shifts])
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", *SMOOTH])
+def test_flux_is_conserved(interpolation):
+    shifts = np.random.default_rng(0).uniform(-3, 3, (40, 2))
+    laid = resample_frames(peaks(shifts), shifts, np.ones((48, 48), bool), interpolation=interpolation)
+    flux = laid[:, 12:-12, 12:-12].sum(axis=(1, 2))
+    np.testing.assert_allclose(flux, peaks([(0, 0)]).sum(), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "most"), [("nearest", 0.02), ("linear", 0.03), ("cubic", 0.002), ("lanczos", 0.002)]
+)
+def test_peaks_of_the_mean_are_widened_as_documented(interpolation, most):
+    shifts = np.random.default_rng(0).uniform(-3, 3, (200, 2))
+    laid = resample_frames(peaks(shifts), shifts, np.ones((48, 48), bool), interpolation=interpolation)
+    x = np.arange(12, 36) - 23.5
+    profiles = laid.mean(axis=0)[12:36, 12:36].sum(axis=0), peaks([(0, 0)])[0][12:36, 12:36].sum(axis=0)
+    width, true = (np.sqrt((profile * x**2).sum() / profile.sum()) for profile in profiles)
+    assert -0.002 < width / true - 1 < most
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "variance"), [("nearest", 1.0), ("linear", 0.44), ("cubic", 0.66), ("lanczos", 0.83)]
+)
+def test_noise_is_changed_as_documented(interpolation, variance):
+    rng = np.random.default_rng(0)
+    shifts = rng.uniform(-3, 3, (200, 2))
+    laid = resample_frames(rng.normal(size=(200, 48, 48)), shifts, np.ones((48, 48), bool), interpolation=interpolation)
+    assert laid[:, 12:-12, 12:-12].var() == pytest.approx(variance, abs=0.06)

@@ -18,7 +18,7 @@ class Flag(IntFlag):
     """
 
     DARK = 1
-    """No signal: all valid pixels are equal, or far below the reference's contrast."""
+    """No beam: all valid pixels equal, far below the reference in contrast, or dim and without its pattern."""
     CORRUPT = 2
     """A valid pixel is not finite, or the frame's chunk is missing or cannot be decoded."""
     SATURATED = 4

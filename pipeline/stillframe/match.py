@@ -32,6 +32,8 @@ WHOLE_PIXEL_SIGMA = 12**-0.5
 
 _DARK_PART = 0.05
 """A frame with less than this part of the reference's contrast saw no beam."""
+_DIM_PART = 0.2
+"""A frame without the pattern and with less than this part of the reference's intensity above its pedestal is dark."""
 _SATURATED_PART = 0.05
 """A frame with more than this part of its valid pixels at the limit has lost its peaks."""
 _FALSE_ALARM = 1e-6
@@ -209,8 +211,17 @@ def _smoothed(ncc: Image, width: float) -> Image:
     return np.where(valid, total / np.maximum(weight, 1e-3), np.nan)
 
 
+def _unmatched(reference: Reference, intensity: float) -> Flag:
+    """Say why a frame shows no pattern: there was no beam, or something else."""
+    if reference.template is None:
+        return Flag.LOW_SCORE
+    _, pedestal = reference.known_noise
+    above = reference.template.level - pedestal
+    return Flag.DARK if intensity - pedestal < _DIM_PART * above else Flag.LOW_SCORE
+
+
 def _given_up(peak: _Peak, reference: Reference, intensity: float) -> tuple[float, ...]:
-    flag = Flag.LOW_SCORE if peak.score < least_score(peak.pixels, peak.lags) else Flag.AT_EDGE
+    flag = _unmatched(reference, intensity) if peak.score < least_score(peak.pixels, peak.lags) else Flag.AT_EDGE
     return _record(peak, reference, intensity, flag)
 
 
@@ -224,13 +235,14 @@ def _refined(
 ) -> tuple[float, ...]:
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
-        flag = Flag.LOW_SCORE if peak.score < least_score(peak.pixels, peak.lags) else Flag(known)
+        weak = peak.score < least_score(peak.pixels, peak.lags)
+        flag = _unmatched(reference, intensity) if weak else Flag(known)
         rounding = np.diag([WHOLE_PIXEL_SIGMA**2] * 2)
         return _record(peak, reference, intensity, flag, np.array(peak.shift, dtype=np.float64), rounding)
     valid = reference.frame_mask if mask is None else mask
     estimate = refine(frame, valid, peak.shift, reference.template)
     if estimate is None or estimate.significance < least_significance(peak.lags):
-        return _record(peak, reference, intensity, Flag.LOW_SCORE)
+        return _record(peak, reference, intensity, _unmatched(reference, intensity))
     if _ambiguous(frame, valid, peak, estimate, reference.template):
         return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
     return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
