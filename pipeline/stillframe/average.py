@@ -109,23 +109,18 @@ def _one_frame(read: Read, chosen: Sequence[int]) -> npt.NDArray[Any]:
     return np.asarray(frames[0])
 
 
-def _mean_image(
-    read: Read, chosen: Sequence[int], mask: Mask, saturation: float | None, *, robust: bool = False
-) -> npt.NDArray[Any]:
-    """Mean of the usable ones; ``robust`` leaves out the largest value of each pixel, which may be a hit."""
-    total, largest, used = np.zeros(()), np.full((), -np.inf), 0
+def _mean_image(read: Read, chosen: Sequence[int], mask: Mask, saturation: float | None) -> npt.NDArray[Any]:
+    """Mean of the usable ones."""
+    total, used = np.zeros(()), 0
     for first in range(0, len(chosen), _AT_ONCE):
         frames = read(chosen[first : first + _AT_ONCE])
         good = frames[usable_frames(frames, mask, saturation=saturation)]
         total, used = total + good.sum(axis=0, dtype=np.float64), used + len(good)
-        largest = np.maximum(largest, good.max(axis=0)) if len(good) else largest
     if not used:
         raise ValueError(
             f"of the {len(chosen)} frames asked for as reference none is usable: all are dark, constant, saturated, "
             "hold NaN or cannot be read. Choose others."
         )
-    if robust and used >= _FEWEST_TO_HALVE // 2:
-        total, used = total - largest, used - 1
     return np.asarray(total / used, dtype=np.float32)
 
 
@@ -149,12 +144,12 @@ def iterated_reference(read: Read, indices: Sequence[int], reference: Reference,
     Returns
     -------
     Reference
-        With the noise of the mean; valid wherever a third of the frames saw something.
+        With the noise of the mean; valid wherever half of the frames saw something.
     """
     halves = [indices[0::2], indices[1::2]]
     if iterations == 0 or len(indices) < _FEWEST_TO_HALVE:
         return reference
-    means = (_mean_image(read, half, reference.frame_mask, reference.saturation, robust=True) for half in halves)
+    means = (_mean_image(read, half, reference.frame_mask, reference.saturation) for half in halves)
     guides = _guides([replace(reference, image=image) for image in means])
     before: Image | None = None
     for _ in range(iterations):
@@ -281,7 +276,7 @@ class _Pile:
 
     def mean(self) -> Reference:
         """Return the mean as a reference, with its noise."""
-        seen = self.counts >= max(1.0, self.used / 3)
+        seen = self.counts >= max(1.0, self.used / 2)
         image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=seen & (self.gains > 0))
         part = sum(one.variance for one in self.estimates) / sum(one.gain for one in self.estimates) ** 2
         level = self.reference.template.level if self.reference.template else 0.0

@@ -14,7 +14,7 @@ from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
 from stillframe.reference import Reference, saturation_limit
-from stillframe.refine import Estimate, Template, refine
+from stillframe.refine import refine
 from stillframe.search import Statistics, statistics
 
 KERNEL_VERSION = 2
@@ -40,8 +40,8 @@ _FALSE_ALARM = 1e-6
 """Chance per frame that pure noise passes as a match."""
 _DECISIVE = 5.5
 """A second peak that is lower by this many standard deviations is out of the question."""
-_AS_GOOD = 0.9
-"""A second shift with more than this part of the first's significance makes it ambiguous."""
+_ALIKE = 0.8
+"""A reference that scores more than this with itself at another shift may hop there."""
 _SECOND_PEAK_DISTANCE = 3
 """A second peak lies at least this many pixels from the first, along one axis."""
 
@@ -172,7 +172,6 @@ class _Peak(NamedTuple):
     score: float
     smooth_score: float
     second_score: float
-    second_shift: tuple[int, int]
     pixels: float
     lags: int
     at_edge: bool
@@ -187,14 +186,12 @@ def _find_peak(ncc: Image, overlap: Image, reference: Reference) -> _Peak:
         scores = ncc[wanted, wanted]
     row, column = (int(place) for place in np.unravel_index(np.nanargmax(scores), scores.shape))
     at_edge = radius > 0 and max(abs(row - radius), abs(column - radius)) == radius
-    second, second_row, second_column = _second_peak(scores, row, column)
     near = ncc[wanted, wanted][max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
     return _Peak(
         shift=(row - radius, column - radius),
         score=float(np.nanmax(near)),
         smooth_score=float(scores[row, column]),
-        second_score=second,
-        second_shift=(second_row - radius, second_column - radius),
+        second_score=_second_score(scores, row, column),
         pixels=float(overlap[wanted, wanted][row, column]),
         lags=scores.size,
         at_edge=at_edge,
@@ -243,25 +240,40 @@ def _refined(
     estimate = refine(frame, valid, peak.shift, reference.template)
     if estimate is None or estimate.significance < least_significance(peak.lags):
         return _record(peak, reference, intensity, _unmatched(reference, intensity))
-    if _ambiguous(frame, valid, peak, estimate, reference.template):
+    if _ambiguous(peak, reference):
         return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
     return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
 
 
-def _ambiguous(frame: npt.NDArray[Any], mask: Mask, peak: _Peak, estimate: Estimate, template: Template) -> bool:
+def _ambiguous(peak: _Peak, reference: Reference) -> bool:
     """Tell whether another shift explains the frame as well.
 
-    Scores of n pixels scatter by (1 − score²) n^-½. Where the second peak is no lower than that allows, as between
-    the vectors of a lattice or under spikes, it is refined too: another shift of about the same significance makes
-    the first ambiguous.
+    That can be only where the reference resembles itself at another shift, as a lattice does: any other second peak
+    is noise. Then the second peak decides: scores of n pixels scatter by (1 − score²) n^-½.
     """
+    if not self_similarity(reference) > _ALIKE:
+        return False
     scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
-    if not peak.smooth_score - peak.second_score < _DECISIVE * np.sqrt(2) * scatter:
-        return False
-    other = refine(frame, mask, peak.second_shift, template)
-    if other is None or np.abs(other.shift - estimate.shift).max() < 1:
-        return False
-    return other.significance > _AS_GOOD * estimate.significance
+    return bool(peak.smooth_score - peak.second_score < _DECISIVE * np.sqrt(2) * scatter)
+
+
+def self_similarity(reference: Reference) -> float:
+    """Return the highest score of the reference with itself at another shift, its noise discounted; kept with it."""
+    kept = reference.__dict__.get("_self_similarity")
+    if kept is None:
+        kept = _measure_self_similarity(reference)
+        reference.__dict__["_self_similarity"] = kept
+    return float(kept)
+
+
+def _measure_self_similarity(reference: Reference) -> float:
+    image = np.where(reference.mask, reference.image, 0).astype(np.float64)
+    seen = statistics(image, reference.mask, np.inf)
+    peak = _find_peak(*reference.search.surface(image, seen, reference.mask), reference)
+    gain, pedestal = reference.known_noise
+    noise = gain * (seen.mean - pedestal) if gain > 0 else -pedestal
+    structure = max(1 - noise / seen.deviation**2, 0.05)
+    return float(np.nan_to_num(peak.second_score) / structure)
 
 
 def _record(
@@ -298,13 +310,11 @@ def least_score(pixels: float, lags: int) -> float:
     return least_significance(lags) / float(np.sqrt(max(pixels - 2, 1)))
 
 
-def _second_peak(scores: Image, row: int, column: int) -> tuple[float, int, int]:
-    """Highest local maximum away from the peak, and where it is; NaN where there is none."""
+def _second_score(scores: Image, row: int, column: int) -> float:
+    """Highest local maximum away from the peak; NaN where there is none."""
     known = np.where(np.isnan(scores), -np.inf, scores)
     peaks = known == scipy.ndimage.maximum_filter(known, size=3, mode="constant", cval=-np.inf)
     reach = _SECOND_PEAK_DISTANCE
     peaks[max(0, row - reach + 1) : row + reach, max(0, column - reach + 1) : column + reach] = False
-    others = np.where(peaks, known, -np.inf)
-    where = np.unravel_index(np.argmax(others), others.shape)
-    highest = float(others[where])
-    return highest if np.isfinite(highest) else np.nan, int(where[0]), int(where[1])
+    others = known[peaks & np.isfinite(known)]
+    return float(others.max()) if others.size else np.nan

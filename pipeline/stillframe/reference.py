@@ -40,7 +40,7 @@ class Reference:
         none for floats.
     frame_mask : array_like of bool, shape (y, x), optional
         True = valid pixels of the frames, fixed to the detector. Default: ``mask``. They differ where the image is a
-        mean of frames laid on one another, which may see behind the beam-block.
+        mean of frames laid on one another, whose holes lie elsewhere.
     weights : {"counts", "uniform"}
         What pixels weigh in the refinement: the inverse of the variance of counts, or the same everywhere.
     noise : (float, float), optional

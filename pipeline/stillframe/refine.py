@@ -8,7 +8,7 @@ the gain and of the offset, all from a smoothed reference) the shift s + ε, gai
 over a fixed support of reference pixels p (P. Huber, "The behavior of maximum likelihood estimates under nonstandard
 conditions", Proc. 5th Berkeley Symp. 1, 221, 1967, for the estimator and its sandwich covariance). With weights
 1/variance the T_k are those of maximum likelihood, so the Cramér–Rao bound is met. The raw frame is never resampled
-and the reference R only shifted by whole pixels: its correlation with the smooth T_k is known at lags −2…2 and
+and the reference R only shifted by whole pixels: its correlation with the smooth T_k is known at lags −3…3 and
 interpolated between them, which is exact to well below a thousandth of a pixel. Noise that templates and reference
 share would bend that correlation (and attenuate shifts); its expectation is known from the noise's variance and
 taken off. A pixel whose residual no noise explains (a hot pixel, an x-ray hit) is left out, and what it would have
@@ -32,7 +32,9 @@ _SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Standard deviations (px) of the Gaussians that are tried for the templates."""
 _KEPT_INFORMATION = 0.995
 """Part of the Fisher information that the support keeps."""
-_LAGS = range(-2, 3)
+_REACH = 3
+_LAGS = range(-_REACH, _REACH + 1)
+_SIZE = len(_LAGS)
 _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
 _FARTHEST = 0.75
@@ -135,9 +137,9 @@ class Template:
     fields: npt.NDArray[np.float32]
     """Over the support: variance, reference, slopes along y and x of the smoothed reference, and the latter."""
     model: Image
-    """Σ T_k(p) R(p + lag), noise taken off, (4, 5, 5)."""
+    """Σ T_k(p) R(p + lag), noise taken off, (4, lags, lags)."""
     shared: Image
-    """What was taken off, (4, 5, 5)."""
+    """What was taken off, (4, lags, lags)."""
     totals: Image
     """Σ T_k, (4,)."""
     wander: Image
@@ -225,7 +227,7 @@ class _Draft:
         return float(np.trace(inverse @ variance @ inverse.T))
 
     def shared_noise(self) -> Image:
-        """Expectation of Σ T_k(p) η(p + lag), (4, 5, 5), where T_k holds the smoothed noise η of the same picture."""
+        """Expectation of Σ T_k(p) η(p + lag), (4, lags, lags): T_k holds the smoothed noise η of the same picture."""
         reach = int(4 * self.width + 0.5) + 4
         impulse = np.zeros((2 * reach + 1, 2 * reach + 1))
         impulse[reach, reach] = 1
@@ -233,7 +235,7 @@ class _Draft:
         kernels = [scipy.ndimage.correlate1d(kernel, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)]
         lags = np.ix_(*[[reach - lag for lag in _LAGS]] * 2)
         total = float(self.weight[self.support] @ self.scatter[self.support])
-        return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((5, 5))])
+        return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((_SIZE, _SIZE))])
 
 
 def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
@@ -270,8 +272,8 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
 
 @numba.njit(nogil=True, cache=True)
 def _model_sums(image: Image, runs: npt.NDArray[np.int64], fields: npt.NDArray[np.float32], uniform: float) -> Image:
-    """Σ T_k(p) R(p + lag) over the support, (4, 5, 5)."""
-    model = np.zeros((4, 5, 5))
+    """Σ T_k(p) R(p + lag) over the support, (4, lags, lags)."""
+    model = np.zeros((4, _SIZE, _SIZE))
     i = 0
     for k in range(runs.shape[0]):
         for column in range(runs[k, 1], runs[k, 2]):
@@ -286,9 +288,9 @@ def _add_model(
     model: Image, weight: float, field: npt.NDArray[np.float32], image: Image, row: int, column: int
 ) -> None:
     """Add what one pixel of the support gives to the model."""
-    for dy in range(5):
-        for dx in range(5):
-            value = weight * image[row + dy - 2, column + dx - 2]
+    for dy in range(_SIZE):
+        for dx in range(_SIZE):
+            value = weight * image[row + dy - _REACH, column + dx - _REACH]
             model[0, dy, dx] += field[2] * value
             model[1, dy, dx] += field[3] * value
             model[2, dy, dx] += field[4] * value
@@ -308,7 +310,7 @@ def _support(mask: Mask, information: Image) -> Mask:
 
     The choice is made on smoothed information, so that it does not follow the noise.
     """
-    whole = scipy.ndimage.binary_erosion(mask, np.ones((5, 5)))
+    whole = scipy.ndimage.binary_erosion(mask, np.ones((_SIZE, _SIZE)))
     density = np.where(whole, scipy.ndimage.gaussian_filter(np.where(whole, information, 0), 4.0, mode="constant"), 0)
     ordered = np.sort(density[whole])[::-1]
     if not ordered.size or ordered[0] <= 0:
@@ -320,8 +322,9 @@ def _support(mask: Mask, information: Image) -> Mask:
 
 def _curvature(model: Image) -> Image:
     """Derivative of the first two models by the shift at 0, (2, 2)."""
-    along_y = (model[:2, 3, 2] - model[:2, 1, 2]) / 2
-    along_x = (model[:2, 2, 3] - model[:2, 2, 1]) / 2
+    middle, after, before = _REACH, _REACH + 1, _REACH - 1
+    along_y = (model[:2, after, middle] - model[:2, before, middle]) / 2
+    along_x = (model[:2, middle, after] - model[:2, middle, before]) / 2
     return np.stack([along_y, along_x], axis=1)
 
 
@@ -339,7 +342,7 @@ class _Sums(NamedTuple):
     data: Image
     """Σ T_k f, (4,)."""
     model: Image
-    """Σ T_k R(p + lag) of the pixels that were left out, (4, 5, 5)."""
+    """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
     totals: Image
     """Σ T_k of the pixels that were left out, (4,)."""
     scatter: Image
@@ -368,7 +371,7 @@ def _pass(
     weight of every pixel if it is uniform.
     """
     ey, ex, gain, offset, own, grain, uniform = parameters
-    data, totals, scatter, model = np.zeros(4), np.zeros(4), np.zeros((4, 4)), np.zeros((4, 5, 5))
+    data, totals, scatter, model = np.zeros(4), np.zeros(4), np.zeros((4, 4)), np.zeros((4, _SIZE, _SIZE))
     template = np.zeros(4)
     squares, used, outliers = 0.0, 0, 0
     skew = grain * own / gain * (_OUTLIER**2 - 1) / 6
@@ -526,16 +529,16 @@ def _solve(
 
 
 def _interpolate(model: Image, at: npt.NDArray[np.float64]) -> tuple[Image, Image, Image]:
-    """Value and slopes of the (4, 5, 5) model between its lags, by the polynomial through all of them."""
+    """Value and slopes of the (4, lags, lags) model between its lags, by the polynomial through all of them."""
     weights_y, slopes_y = _lagrange(float(at[0]))
     weights_x, slopes_x = _lagrange(float(at[1]))
     return model @ weights_x @ weights_y, model @ weights_x @ slopes_y, model @ slopes_x @ weights_y
 
 
 def _lagrange(x: float) -> tuple[Image, Image]:
-    """Weights and their derivatives of the values at −2…2 in the quartic through them."""
-    powers = x ** np.arange(5)
-    slopes = np.arange(5) * x ** np.maximum(np.arange(5) - 1, 0)
+    """Weights and their derivatives of the values at the lags in the polynomial through them."""
+    order = np.arange(_SIZE)
+    powers, slopes = x**order, order * x ** np.maximum(order - 1, 0)
     return powers @ _INVERSE_VANDERMONDE, slopes @ _INVERSE_VANDERMONDE
 
 
