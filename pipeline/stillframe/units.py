@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 TARGET_BYTES = 128 * 2**20
 """Input bytes of a unit, where memory and the input's chunks allow it."""
-NOMINAL_MEMORY = 2 * 2**30
+NOMINAL_MEMORY = 3 * 2**30
 """What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
 _DECODED_AT_ONCE = 2
 MOST_FRAMES = 32
@@ -92,13 +92,13 @@ def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: in
     """Predict the bytes a worker holds at most for a unit of so many frames, above those of the bare process.
 
     The larger of the two stages. Both hold the unit and the chunks being decoded; registering also the reference
-    with what is prepared from it and one frame's transforms; aligning the result and its encoded shard (zarr joins
-    it from parts, hence twice).
+    with what is prepared from it (search, templates, and the images these are made of) and one frame's transforms;
+    aligning the result and its encoded shard (zarr joins it from parts, hence twice).
     """
     pixels = math.prod(layout.shape)
     padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
     reading = frames * layout.frame_bytes + layout.decoding_bytes
-    prepared = pixels * (8 + 8 + 1) + padded * (8 + 16)
+    prepared = pixels * (17 + 28 + 64) + padded * (8 + 16)
     register = reading + prepared + padded * 12
     align = reading + 3 * frames * pixels * output_itemsize + pixels * 8
     return max(register, align)
