@@ -48,6 +48,12 @@ def test_every_frame_is_found_under_a_static_mask(frames, reference, mask):
     np.testing.assert_allclose(matches["intensity"], [frame[mask].mean() for frame in frames])
 
 
+def test_whole_pixels_on_request(frames, mask):
+    matches = match_frames(frames, Reference(frames[0], mask, max_shift=12, subpixel=False))
+    assert_found(matches, SHIFTS, within=0)
+    np.testing.assert_allclose(matches["sigma_y"], 12**-0.5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.tuples(st.integers(9, 60), st.integers(9, 60)),
@@ -266,6 +272,7 @@ class TestReference:
             Reference(frames[0], mask, weights="uniform"),
             Reference(frames[0], mask, noise=(1, 0)),
             Reference(frames[0], mask, smoothing=2.0),
+            Reference(frames[0], mask, subpixel=False),
         ]
         assert len({one.digest for one in variants}) == len(variants)
 

@@ -99,7 +99,10 @@ def build_reference(
         image = _one_frame(read, chosen)
     else:
         image = _mean_image(read, chosen, mask, options.get("saturation"))
-    return iterated_reference(read, chosen, Reference(image, mask, **options), iterations)
+    first = Reference(image, mask, **options)
+    # The mean is laid by fractions of a pixel even where the frames of the run are not.
+    made = iterated_reference(read, chosen, replace(first, subpixel=True), iterations)
+    return replace(made, subpixel=first.subpixel)
 
 
 def _one_frame(read: Read, chosen: Sequence[int]) -> npt.NDArray[Any]:

@@ -70,6 +70,7 @@ def run(
     max_shift: Annotated[int | None, typer.Option(help="Largest shift looked for, pixels.")] = None,
     overlap_ratio: Annotated[float | None, typer.Option(help="Least overlap, part of the largest.")] = None,
     saturation: Annotated[float | None, typer.Option(help="Pixel value at which the detector saturates.")] = None,
+    subpixel: Annotated[bool | None, typer.Option(help="Refine to fractions of a pixel (default).")] = None,
     weights: Annotated[str | None, typer.Option(help="counts (inverse variance) or uniform.")] = None,
     interpolation: Annotated[str | None, typer.Option(help="nearest, linear, cubic or lanczos.")] = None,
     fill: Annotated[float | None, typer.Option(help="Value of pixels nothing was observed for.")] = None,

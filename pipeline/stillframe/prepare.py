@@ -78,7 +78,9 @@ def _same_run(before: dict[str, Any], settings: Settings) -> None:
 def prepare_reference(settings: Settings, source: FrameSource) -> Reference:
     """Make the reference the settings ask for; frames that cannot be read are reported and left out."""
     mask = None if settings.mask is None else load_mask(settings.mask)
-    options = {name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation", "weights")}
+    options = {
+        name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
+    }
     use = _frames_asked(settings.reference)
     if use is None:
         reference = _reference_file(Path(settings.reference).expanduser(), mask, options)

@@ -49,6 +49,8 @@ class Reference:
     smoothing : float, optional
         Standard deviation, pixels, of the Gaussian that smooths the templates of the refinement. Default: the one
         that promises the smallest errors.
+    subpixel : bool
+        Whether shifts are refined to fractions of a pixel. Whole pixels are found several times faster.
 
     Raises
     ------
@@ -84,6 +86,8 @@ class Reference:
     """Variance of the image's pixels; None: measured from it."""
     smoothing: float | None = None
     """Standard deviation of the templates' Gaussian, pixels; None: the one that promises the smallest errors."""
+    subpixel: bool = True
+    """Whether shifts are refined to fractions of a pixel; whole pixels cost a fraction of the time."""
 
     def __post_init__(self) -> None:
         """Check every field and freeze the arrays."""
@@ -141,7 +145,9 @@ class Reference:
 
     @cached_property
     def template(self) -> Template | None:
-        """What refinement to fractions of a pixel needs; None where the image holds too little for it."""
+        """What refinement to fractions of a pixel needs; None without it, or where the image holds too little."""
+        if not self.subpixel:
+            return None
         gain, pedestal = self.known_noise
         level = statistics(self.image, self.mask, np.inf).mean
         centred = np.where(self.mask, self.image.astype(np.float64) - level, 0)
@@ -173,6 +179,7 @@ class Reference:
             self.weights,
             self.noise and tuple(self.noise),
             self.smoothing,
+            self.subpixel,
         )
         settings = (self.image.dtype.str, self.shape, *numbers)
         masks = (np.packbits(mask).tobytes() for mask in (self.mask, self.frame_mask))

@@ -168,6 +168,7 @@ def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
         "weights": reference.weights,
         "noise": reference.noise and list(reference.noise),
         "smoothing": reference.smoothing,
+        "subpixel": int(reference.subpixel),
     }
     image = xr.Dataset(
         {name: (("y", "x"), getattr(reference, name)) for name in ("image", "mask", "frame_mask")},
@@ -203,6 +204,7 @@ def load_reference(path: str | Path) -> Reference:
         weights=attributes["weights"],
         noise=Noise(*attributes["noise"]) if "noise" in attributes else None,
         smoothing=attributes.get("smoothing"),
+        subpixel=bool(attributes["subpixel"]),
     )
 
 
