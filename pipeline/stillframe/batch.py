@@ -271,7 +271,10 @@ class _Run:
         """Write metadata and coordinates of the aligned store, unless they are there already."""
         frames = open_frames(self.source.path, chunk_frames=self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
-        applied = shifts["shift"].assign_attrs(units="pixel", long_name="shift applied to the frame")
+        whole = self.settings.interpolation == "nearest"
+        applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
+            units="pixel", long_name="shift applied to the frame"
+        )
         template = aligned.to_dataset().assign(applied=applied).assign_attrs(shifts.attrs, complete=False)
         write_dataset(template, self._out / "aligned.zarr", compute=False)
 

@@ -42,6 +42,8 @@ _FARTHEST = 0.75
 _STARTS = 8
 _PASSES = 6
 _FEWEST = 64
+_MOST_SKEWED = 1e8
+"""A picture that changes along one direction only says nothing of shifts along the other."""
 _SAMPLE = 20_000
 _FLOOR = 0.05
 """Variances below this part of their mean are not believed."""
@@ -220,7 +222,7 @@ class _Draft:
         change = [scipy.ndimage.correlate1d(self.image, [-0.5, 0, 0.5], axis=axis)[self.support] for axis in (0, 1)]
         shared = _curvature(self.shared_noise())
         jacobian = templates @ np.stack(change).T - shared
-        if not (np.diag(jacobian) > np.abs(np.diag(shared))).all():
+        if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or np.linalg.cond(jacobian) > _MOST_SKEWED:
             return np.inf
         variance = (templates * self.scatter[self.support]) @ templates.T
         inverse = np.linalg.inv(jacobian)
@@ -251,6 +253,8 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     weight = draft.weight[support]
     templates = np.stack([weight * fields[2], weight * fields[3], weight * fields[4], weight])
     scatter = draft.scatter[support]
+    if np.linalg.cond(_curvature(model)) > _MOST_SKEWED:
+        return None
     products = (templates * scatter) @ templates.T
     inverse = np.linalg.inv(_curvature(model))
     return Template(
