@@ -11,6 +11,7 @@ import xarray as xr
 from PIL import Image
 
 from stillframe import Reference, load_mask, masked_ncc, match_frames
+from stillframe.selftest import selftest
 from synthetic import DATA, needs_pictures, peak, store_frames
 
 pytestmark = needs_pictures
@@ -52,6 +53,17 @@ def test_a_single_crystal_rolled_under_its_block(shift, ewald, ewald_mask):
     assert match["score"] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_single_crystal_moved_by_fractions(ewald, ewald_mask):
+    """What the errors are that users are promised; a resampled frame must be better than they are."""
+    reference = Reference(ewald, ewald_mask, max_shift=8)
+    report = selftest(reference, reference.known_noise, frames=60, reach=4.0)
+    assert report.failed == 0
+    assert max(report.rms) < 0.003
+    np.testing.assert_allclose(report.ratio, 1, atol=0.3)
+    np.testing.assert_allclose(report.locking, 0, atol=0.01)
+    np.testing.assert_allclose(report.pull, 0, atol=0.001)
+
+
 @pytest.mark.parametrize(
     ("name", "shift"), [("X75Y75", (75, -75)), ("X-130Y130", (130, 130)), ("X130Y130", (130, -130))]
 )
@@ -76,7 +88,7 @@ def test_hot_spots_are_no_landmarks_when_masked(shift):
     reference = np.where(mask, pattern, image)
     (match,) = match_frames(frame[None], Reference(reference, mask))
     assert np.rint(found(match)).tolist() == [-shift[0], -shift[1]]
-    (blind,) = match_frames(frame[None], Reference(reference))
+    (blind,) = match_frames(frame[None], Reference(reference, subpixel=False))
     assert np.rint(found(blind)).tolist() == [0, 0]
 
 

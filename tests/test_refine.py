@@ -7,6 +7,7 @@ from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.average import frames_of_kind
 from stillframe.refine import Noise, measure_noise, smooth
 from stillframe.scene import Experiment, evaluate
+from synthetic import blocked, windows
 
 SHAPE = (160, 160)
 
@@ -127,6 +128,29 @@ class TestIteratedReference:
         both = clean.mask & other.mask
         assert np.corrcoef(clean.image[both], other.image[both])[0, 1] > 0.999
 
+    @pytest.mark.parametrize("count", [2, 3, 16])
+    def test_of_frames_that_drifted_far_is_sharp(self, count):
+        shifts = np.random.default_rng(3).integers(-20, 21, (24, 2))
+        frames, mask = windows((128, 128), shifts, seed=2, counts=0.3), blocked((128, 128))
+        reference = make_reference(frames, mask, use=slice(count), iterations=4, max_shift=40)
+        assert reference.history.startswith(f"mean of {count} of {count} frames, laid on one another in ")
+        assert (errors(match_frames(frames, reference), shifts)[0].std(axis=0) < 0.02).all()
+
+    def test_begins_with_one_frame_where_the_mean_shows_nothing(self):
+        """Drift around a whole ring of shifts leaves nothing of a fine texture in the mean."""
+        angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+        shifts = np.rint(20 * np.stack([np.sin(angle), np.cos(angle)], axis=1)).astype(int)
+        frames = windows((128, 128), shifts, seed=2, counts=0.02)
+        reference = make_reference(frames, use=slice(40), iterations=4, max_shift=44)
+        assert reference.history.startswith("mean of 40 of 40 frames, laid on one another in ")
+        assert (errors(match_frames(frames, reference), shifts)[0].std(axis=0) < 0.1).all()
+
+    def test_says_so_where_frames_cannot_be_laid_on_one_another(self):
+        noise = np.random.default_rng(0).poisson(5, (16, 64, 64))
+        with pytest.warns(UserWarning, match="cannot be laid on one another"):
+            reference = make_reference(noise, iterations=3, max_shift=8)
+        assert reference.history == "mean of 16 of 16 frames as they are"
+
     def test_is_the_same_every_time(self):
         draw = Draw()
         stack, _ = draw.frames(12)
@@ -192,6 +216,26 @@ class TestFlags:
         reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(1e-6, 0))
         flat = np.random.default_rng(0).poisson(50, (40, *SHAPE)).astype(np.uint16)
         assert (match_frames(flat, reference)["flag"] == Flag.LOW_SCORE).all()
+
+    @pytest.mark.parametrize("reach", [0, 1, 6])
+    def test_a_drift_beyond_the_search_locks_no_ring_on_another(self, reach):
+        experiment = Experiment(frames=30, shape=(256, 256), dose=60.0, max_drift=12.0)
+        frames = np.stack([experiment.render(index) for index in range(30)])
+        matches = match_frames(frames, Reference(frames[1], experiment.detector.mask, max_shift=reach))
+        truth = experiment.shifts - experiment.shifts[1]
+        found = np.isfinite(matches["dy"])
+        assert np.count_nonzero(np.abs(truth).max(axis=1) < reach) <= np.count_nonzero(found)
+        np.testing.assert_allclose(np.stack([matches["dy"], matches["dx"]], axis=1)[found], truth[found], atol=0.1)
+        assert (matches["flag"][~found] & (Flag.DARK | Flag.LOW_SCORE | Flag.AT_EDGE)).all()
+
+    @pytest.mark.parametrize("subpixel", [True, False])
+    @pytest.mark.parametrize("wave", [(0, 1), (1, 0), (1, 1)])
+    def test_a_picture_that_changes_along_one_direction_has_no_shift(self, wave, subpixel):
+        y, x = np.mgrid[:66, :66]
+        image = 20 + 10 * np.sin((wave[0] * y + wave[1] * x) / 5)
+        (match,) = match_frames(image[None, 2:, 1:65], Reference(image[:64, :64], max_shift=8, subpixel=subpixel))
+        assert match["flag"] in (Flag.AMBIGUOUS_PEAK, Flag.AT_EDGE)
+        assert np.isnan(match["dy"])
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import xarray as xr
 from dask.base import tokenize
 from dask.delayed import delayed
 
-from stillframe.average import build_reference, frames_of_kind
+from stillframe.average import frames_of_kind
 from stillframe.checks import as_mask, require_real
 from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
+from stillframe.iterate import build_reference
 from stillframe.match import MATCH_DTYPE, Matches, match_frames
 from stillframe.records import fingerprint
 from stillframe.reference import Reference

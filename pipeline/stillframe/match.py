@@ -3,21 +3,21 @@
 It knows nothing of files, chunks or clusters; every driver calls :func:`match_frames` on plain NumPy arrays.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 import scipy.special
 
 from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
+from stillframe.peak import Peak
 from stillframe.reference import Reference, saturation_limit
-from stillframe.refine import refine
+from stillframe.refine import Estimate, refine
 from stillframe.search import Statistics, statistics
 
-KERNEL_VERSION = 2
+KERNEL_VERSION = 3
 """Raised whenever the same frames and settings would give other numbers."""
 
 MATCH_DTYPE = np.dtype(
@@ -42,8 +42,10 @@ _DECISIVE = 5.5
 """A second peak that is lower by this many standard deviations is out of the question."""
 _ALIKE = 0.8
 """A reference that scores more than this with itself at another shift may hop there."""
-_SECOND_PEAK_DISTANCE = 3
-"""A second peak lies at least this many pixels from the first, along one axis."""
+_MISMATCHED = 0.3
+"""A frame with more than this part of its structure unexplained, beyond any noise, shows something else."""
+_ROUNDING = 1e-5
+"""Scores are not known better than this, however little noise there is."""
 
 Matches = npt.NDArray[np.void]
 
@@ -150,62 +152,17 @@ def _search_and_refine(
     frame: npt.NDArray[Any], seen: Statistics, reference: Reference, mask: Mask | None
 ) -> tuple[float, ...]:
     """Find the whole-pixel shift, in a wider window if it lies at the edge of the first, and refine it."""
-    ncc, overlap = reference.search.surface(frame, seen, mask)
-    around = reference.margin
-    if np.isnan(ncc[around : len(ncc) - around, around : len(ncc) - around]).all():
+    peak = reference.find_peak(frame, seen, mask)
+    if peak is None:
         return no_match(Flag.LOW_SCORE, seen.mean)
-    peak = _find_peak(ncc, overlap, reference)
     if not peak.at_edge:
         return _refined(frame, peak, reference, mask, seen.mean)
-    if reference.wider is None or peak.score < least_score(peak.pixels, ncc.size):
+    if peak.score < least_score(peak.pixels, peak.lags):
         return _given_up(peak, reference, seen.mean)
-    peak = _find_peak(*reference.wider.search.surface(frame, seen, mask), reference.wider)
-    if peak.at_edge:
-        return _given_up(peak, reference, seen.mean)
-    return _refined(frame, peak, reference, mask, seen.mean, int(Flag.AT_EDGE))
-
-
-class _Peak(NamedTuple):
-    """The highest point of a surface of scores."""
-
-    shift: tuple[int, int]
-    score: float
-    smooth_score: float
-    second_score: float
-    pixels: float
-    lags: int
-    at_edge: bool
-
-
-def _find_peak(ncc: Image, overlap: Image, reference: Reference) -> _Peak:
-    """Find the peak of the surface smoothed as the templates are, which noise moves less than the raw one."""
-    radius, around = reference.max_shift, reference.margin
-    wanted = slice(around, ncc.shape[0] - around)
-    scores = _smoothed(ncc, reference.search_smoothing)[wanted, wanted]
-    if np.isnan(scores).all():
-        scores = ncc[wanted, wanted]
-    row, column = (int(place) for place in np.unravel_index(np.nanargmax(scores), scores.shape))
-    at_edge = radius > 0 and max(abs(row - radius), abs(column - radius)) == radius
-    near = ncc[wanted, wanted][max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
-    return _Peak(
-        shift=(row - radius, column - radius),
-        score=float(np.nanmax(near)),
-        smooth_score=float(scores[row, column]),
-        second_score=_second_score(scores, row, column),
-        pixels=float(overlap[wanted, wanted][row, column]),
-        lags=scores.size,
-        at_edge=at_edge,
-    )
-
-
-def _smoothed(ncc: Image, width: float) -> Image:
-    """Smooth the surface where it is defined."""
-    if not width:
-        return ncc
-    valid = np.isfinite(ncc)
-    total = scipy.ndimage.gaussian_filter(np.where(valid, ncc, 0), width, mode="nearest")
-    weight = scipy.ndimage.gaussian_filter(valid.astype(np.float64), width, mode="nearest")
-    return np.where(valid, total / np.maximum(weight, 1e-3), np.nan)
+    farther = reference.find_farther_peak(frame, seen, mask)
+    if farther is None or farther.at_edge:
+        return _given_up(farther or peak, reference, seen.mean)
+    return _refined(frame, farther, reference, mask, seen.mean, int(Flag.AT_EDGE))
 
 
 def _unmatched(reference: Reference, intensity: float) -> Flag:
@@ -217,14 +174,14 @@ def _unmatched(reference: Reference, intensity: float) -> Flag:
     return Flag.DARK if intensity - pedestal < _DIM_PART * above else Flag.LOW_SCORE
 
 
-def _given_up(peak: _Peak, reference: Reference, intensity: float) -> tuple[float, ...]:
+def _given_up(peak: Peak, reference: Reference, intensity: float) -> tuple[float, ...]:
     flag = _unmatched(reference, intensity) if peak.score < least_score(peak.pixels, peak.lags) else Flag.AT_EDGE
     return _record(peak, reference, intensity, flag)
 
 
 def _refined(
     frame: npt.NDArray[Any],
-    peak: _Peak,
+    peak: Peak,
     reference: Reference,
     mask: Mask | None,
     intensity: float,
@@ -232,52 +189,52 @@ def _refined(
 ) -> tuple[float, ...]:
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
-        weak = peak.score < least_score(peak.pixels, peak.lags)
-        flag = _unmatched(reference, intensity) if weak else Flag(known)
-        rounding = np.diag([WHOLE_PIXEL_SIGMA**2] * 2)
-        return _record(peak, reference, intensity, flag, np.array(peak.shift, dtype=np.float64), rounding)
+        return _whole(peak, reference, intensity, known)
     valid = reference.frame_mask if mask is None else mask
     estimate = refine(frame, valid, peak.shift, reference.template)
-    if estimate is None or estimate.significance < least_significance(peak.lags):
+    if estimate is None or _no_match(estimate, peak.lags):
         return _record(peak, reference, intensity, _unmatched(reference, intensity))
     if _ambiguous(peak, reference):
         return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
+    if np.abs(estimate.shift).max() > peak.reach + 1:
+        return _record(peak, reference, intensity, Flag.AT_EDGE)
     return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
 
 
-def _ambiguous(peak: _Peak, reference: Reference) -> bool:
+def _whole(peak: Peak, reference: Reference, intensity: float, known: int) -> tuple[float, ...]:
+    """Return the whole-pixel shift of a peak, unless something speaks against it."""
+    if peak.score < least_score(peak.pixels, peak.lags):
+        return _record(peak, reference, intensity, _unmatched(reference, intensity))
+    flag = Flag.AMBIGUOUS_PEAK if _ambiguous(peak, reference) else Flag(known)
+    rounding = np.diag([WHOLE_PIXEL_SIGMA**2] * 2)
+    return _record(peak, reference, intensity, flag, np.array(peak.shift, dtype=np.float64), rounding)
+
+
+def _no_match(estimate: Estimate, lags: int) -> bool:
+    """Tell whether the pattern is not there, or the frame shows mostly something else there.
+
+    A pattern that resembles itself, as rings do, can lock one ring on another when its true shift lies beyond the
+    search; the structure that is then left over tells it.
+    """
+    least = least_significance(lags)
+    other = estimate.mismatch > _MISMATCHED and estimate.mismatch_significance > least
+    return estimate.significance < least or other
+
+
+def _ambiguous(peak: Peak, reference: Reference) -> bool:
     """Tell whether another shift explains the frame as well.
 
     That can be only where the reference resembles itself at another shift, as a lattice does: any other second peak
     is noise. Then the second peak decides: scores of n pixels scatter by (1 − score²) n^-½.
     """
-    if not self_similarity(reference) > _ALIKE:
+    if not reference.self_similarity > _ALIKE:
         return False
     scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
-    return bool(peak.smooth_score - peak.second_score < _DECISIVE * np.sqrt(2) * scatter)
-
-
-def self_similarity(reference: Reference) -> float:
-    """Return the highest score of the reference with itself at another shift, its noise discounted; kept with it."""
-    kept = reference.__dict__.get("_self_similarity")
-    if kept is None:
-        kept = _measure_self_similarity(reference)
-        reference.__dict__["_self_similarity"] = kept
-    return float(kept)
-
-
-def _measure_self_similarity(reference: Reference) -> float:
-    image = np.where(reference.mask, reference.image, 0).astype(np.float64)
-    seen = statistics(image, reference.mask, np.inf)
-    peak = _find_peak(*reference.search.surface(image, seen, reference.mask), reference)
-    gain, pedestal = reference.known_noise
-    noise = gain * (seen.mean - pedestal) if gain > 0 else -pedestal
-    structure = max(1 - noise / seen.deviation**2, 0.05)
-    return float(np.nan_to_num(peak.second_score) / structure)
+    return bool(peak.smooth_score - peak.second_score < max(_DECISIVE * np.sqrt(2) * scatter, _ROUNDING))
 
 
 def _record(
-    peak: _Peak,
+    peak: Peak,
     reference: Reference,
     intensity: float,
     flag: Flag,
@@ -308,13 +265,3 @@ def least_score(pixels: float, lags: int) -> float:
     (pixels − 2)^-½.
     """
     return least_significance(lags) / float(np.sqrt(max(pixels - 2, 1)))
-
-
-def _second_score(scores: Image, row: int, column: int) -> float:
-    """Highest local maximum away from the peak; NaN where there is none."""
-    known = np.where(np.isnan(scores), -np.inf, scores)
-    peaks = known == scipy.ndimage.maximum_filter(known, size=3, mode="constant", cval=-np.inf)
-    reach = _SECOND_PEAK_DISTANCE
-    peaks[max(0, row - reach + 1) : row + reach, max(0, column - reach + 1) : column + reach] = False
-    others = known[peaks & np.isfinite(known)]
-    return float(others.max()) if others.size else np.nan

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.average import build_reference, frames_of_kind
+from stillframe.average import frames_of_kind
 from stillframe.checks import as_mask
 from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask
+from stillframe.iterate import build_reference
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
 from stillframe.progress import read_plan, warn

@@ -3,7 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.checks import as_mask, native
-from stillframe.ncc import Mask, check_options
+from stillframe.ncc import Image, Mask, check_options
+from stillframe.peak import Peak, find_peak
 from stillframe.refine import Noise, Template, Weights, measure_noise, prepare_template
-from stillframe.search import Search, statistics
+from stillframe.search import Search, Statistics, statistics
 
 _MOST_SMOOTHING = 4.0
 
@@ -51,6 +52,8 @@ class Reference:
         that promises the smallest errors.
     subpixel : bool
         Whether shifts are refined to fractions of a pixel. Whole pixels are found several times faster.
+    history : str
+        How the image was made; for people, it changes no shift.
 
     Raises
     ------
@@ -88,6 +91,8 @@ class Reference:
     """Standard deviation of the templates' Gaussian, pixels; None: the one that promises the smallest errors."""
     subpixel: bool = True
     """Whether shifts are refined to fractions of a pixel; whole pixels cost a fraction of the time."""
+    history: str = ""
+    """How the image was made."""
 
     def __post_init__(self) -> None:
         """Check every field and freeze the arrays."""
@@ -124,7 +129,20 @@ class Reference:
     @cached_property
     def search(self) -> Search:
         """The prepared exact search for whole-pixel shifts, wide enough to be smoothed."""
-        return Search(self.image, self.mask, self.frame_mask, self.max_shift + self.margin, self.overlap_ratio)
+        return self._search_within(self.max_shift)
+
+    @cached_property
+    def wider_search(self) -> Search | None:
+        """The same of twice the reach, for frames found at its edge; None where the frame ends."""
+        reach = min(2 * self.max_shift, min(self.shape) - 1)
+        return self._search_within(reach) if reach > self.max_shift > 0 else None
+
+    def _search_within(self, reach: int) -> Search:
+        return Search(self.image, self.mask, self.frame_mask, reach + self._margin(reach), self.overlap_ratio)
+
+    def _margin(self, reach: int) -> int:
+        """Lags beyond the reach that smoothed scores need."""
+        return min(round(2 * self.search_smoothing), min(self.shape) - 1 - reach)
 
     @cached_property
     def search_smoothing(self) -> float:
@@ -132,16 +150,32 @@ class Reference:
         width = self.template.smoothing if self.template and self.max_shift else 0.0
         return min(width, _MOST_SMOOTHING) if width > 1 else 0.0
 
-    @property
-    def margin(self) -> int:
-        """Lags beyond ``max_shift`` that smoothed scores need."""
-        return min(round(2 * self.search_smoothing), min(self.shape) - 1 - self.max_shift)
+    def find_peak(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> Peak | None:
+        """Return the highest masked NCC of a frame within the search; None where it is nowhere defined."""
+        return self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
+
+    def find_farther_peak(
+        self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None
+    ) -> Peak | None:
+        """Return the same of the wider search; None also where there is no wider one."""
+        if self.wider_search is None:
+            return None
+        reach = min(2 * self.max_shift, min(self.shape) - 1)
+        return self._peak(self.wider_search.surface(frame, seen, frame_mask), reach)
+
+    def _peak(self, surface: tuple[Image, Image], reach: int) -> Peak | None:
+        return find_peak(*surface, self._margin(reach), self.search_smoothing)
 
     @cached_property
-    def wider(self) -> "Reference | None":
-        """The same with twice the search, for frames found at its edge; None where the frame ends."""
-        reach = min(2 * self.max_shift, min(self.shape) - 1)
-        return replace(self, max_shift=reach) if reach > self.max_shift > 0 else None
+    def self_similarity(self) -> float:
+        """The highest score of the reference with itself at another shift, its noise discounted."""
+        image = np.where(self.mask, self.image, 0).astype(np.float64)
+        seen = statistics(image, self.mask, np.inf)
+        peak = self.find_peak(image, seen, self.mask)
+        gain, pedestal = self.known_noise
+        noise = gain * (seen.mean - pedestal) if gain > 0 else -pedestal
+        structure = max(1 - noise / seen.deviation**2, 0.05)
+        return float(np.nan_to_num(peak.second_score) / structure) if peak else 0.0
 
     @cached_property
     def template(self) -> Template | None:

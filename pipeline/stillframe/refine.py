@@ -39,6 +39,8 @@ _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
 _FARTHEST = 0.75
 """Fractions beyond this mean that the whole-pixel start was wrong by one; the solution is started again there."""
+_WALK = 1.5
+"""A solution farther from the peak than this, in pixels and in widths of the templates, belongs to something else."""
 _STARTS = 8
 _PASSES = 6
 _FEWEST = 64
@@ -75,6 +77,10 @@ class Estimate(NamedTuple):
     """The gain in units of its standard error: how surely the pattern is there at all."""
     outliers: float
     """Part of the valid pixels left out as no noise."""
+    mismatch: float
+    """Part of the frame's structure, its noise aside, that the reference at this shift does not explain."""
+    mismatch_significance: float
+    """The unexplained structure in standard errors of what noise alone would show."""
 
 
 def count_limit(variance: Image, count: float, deviations: float) -> Image:
@@ -156,6 +162,8 @@ class Template:
     """Standard deviation of the templates' Gaussian, pixels."""
     common: Image
     """Covariance (2, 2), px², of the offset that the reference's own noise gives to all frames alike."""
+    structure: float
+    """Mean product of neighbours along x of the support, each less the mean and over its standard deviation."""
 
 
 def prepare_template(
@@ -271,7 +279,17 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
         grain=noise.gain,
         smoothing=draft.width,
         common=inverse @ products[:2, :2] @ inverse.T,
+        structure=_structure(draft.image, draft.scatter, support),
     )
+
+
+def _structure(image: Image, scatter: Image, support: Mask) -> float:
+    """Mean product of neighbours along x, to which noise that is independent from pixel to pixel adds nothing."""
+    inverse = 1 / scatter[support]
+    level = float(image[support] @ inverse / inverse.sum())
+    known = np.where(support, (image - level) / np.sqrt(np.where(support, scatter, 1)), 0)
+    pairs = np.count_nonzero(support[:, 1:] & support[:, :-1])
+    return float((known[:, 1:] * known[:, :-1]).sum() / max(pairs, 1))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -353,6 +371,10 @@ class _Sums(NamedTuple):
     """Σ T_k T_l r², (4, 4)."""
     squares: float
     """Σ r² over the reference's variance."""
+    neighbours: float
+    """Σ r r' of neighbours along x, each over the reference's standard deviation."""
+    pairs: int
+    """Such pairs of pixels."""
     used: int
     """Pixels that were used."""
     outliers: int
@@ -377,13 +399,14 @@ def _pass(
     ey, ex, gain, offset, own, grain, uniform = parameters
     data, totals, scatter, model = np.zeros(4), np.zeros(4), np.zeros((4, 4)), np.zeros((4, _SIZE, _SIZE))
     template = np.zeros(4)
-    squares, used, outliers = 0.0, 0, 0
+    squares, used, outliers, neighbours, pairs = 0.0, 0, 0, 0.0, 0
     skew = grain * own / gain * (_OUTLIER**2 - 1) / 6
     skew_reference = grain * gain * (_OUTLIER**2 - 1) / 6
     height, width = frame.shape
     i = 0
     for k in range(runs.shape[0]):
         row, y = runs[k, 0], runs[k, 0] - start[0]
+        before, known = 0.0, False
         for column in range(runs[k, 1], runs[k, 2]):
             x = column - start[1]
             spread, level = np.float64(fields[0, i]), np.float64(fields[1, i])
@@ -402,19 +425,25 @@ def _pass(
                     square = residual * residual
                     used += 1
                     squares += square / spread
+                    residual /= np.sqrt(spread)
+                    if known:
+                        neighbours += residual * before
+                        pairs += 1
+                    before, known = residual, True
                     for a in range(4):
                         data[a] += template[a] * value
                         for b in range(a + 1):
                             scatter[a, b] += template[a] * template[b] * square
                     continue
                 outliers += 1
+            known = False
             for a in range(4):
                 totals[a] += template[a]
             _add_model(model, weight, fields[:, i - 1], image, row, column)
     for a in range(4):
         for b in range(a):
             scatter[b, a] = scatter[a, b]
-    return _Sums(data, model, totals, scatter, squares, used, outliers)
+    return _Sums(data, model, totals, scatter, squares, neighbours, pairs, used, outliers)
 
 
 def refine(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template: Template) -> Estimate | None:
@@ -436,14 +465,15 @@ def refine(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template
     Estimate or None
         None where the equations have no solution near the start.
     """
+    at, reach = start, _WALK * max(1.0, template.smoothing)
     for _ in range(_STARTS):
-        solved = _solve_near(frame, mask, start, template)
-        if solved is None:
+        solved = _solve_near(frame, mask, at, template)
+        if solved is None or np.abs(solved.shift - start).max() > reach:
             return None
-        fraction = solved.shift - start
+        fraction = solved.shift - at
         if np.abs(fraction).max() <= _FARTHEST:
             return solved
-        start = (start[0] + round(float(fraction[0])), start[1] + round(float(fraction[1])))
+        at = (at[0] + round(float(fraction[0])), at[1] + round(float(fraction[1])))
     return None
 
 
@@ -562,6 +592,8 @@ def _estimate(
     deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
     significance = float(gain / deviations[2]) if deviations[2] > 0 else np.inf
     outliers = sums.outliers / max(sums.used + sums.outliers, 1)
+    unexplained, scale = sums.neighbours / max(sums.pairs, 1), sums.squares / sums.used
+    explained = gain**2 * template.structure
     return Estimate(
         np.array(start) + fraction,
         covariance[:2, :2],
@@ -570,6 +602,8 @@ def _estimate(
         float(parameters[4]),
         significance,
         outliers,
+        float(unexplained / (unexplained + explained)) if unexplained > 0 else 0.0,
+        float(unexplained / scale * np.sqrt(sums.pairs)) if scale > 0 else 0.0,
     )
 
 

@@ -87,6 +87,7 @@ def provenance(reference: Reference) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "kernel_version": KERNEL_VERSION,
         "reference_sha256": reference.digest,
+        "reference_history": reference.history,
         "max_shift": reference.max_shift,
         "overlap_ratio": reference.overlap_ratio,
     }
@@ -205,6 +206,7 @@ def load_reference(path: str | Path) -> Reference:
         noise=Noise(*attributes["noise"]) if "noise" in attributes else None,
         smoothing=attributes.get("smoothing"),
         subpixel=bool(attributes["subpixel"]),
+        history=attributes.get("reference_history", ""),
     )
 
 
