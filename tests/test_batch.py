@@ -85,7 +85,16 @@ def test_the_aligned_store_opens_alone_and_holds_the_moved_counts(undisturbed, s
 
 def test_a_run_folder_holds_what_is_promised(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
-    assert names == {*STORES, "settings.toml", "plan.json", "units", "run.log", "shifts.png", ".lease.lock"}
+    assert names == {
+        *STORES,
+        "reference.json",
+        "settings.toml",
+        "plan.json",
+        "units",
+        "run.log",
+        "shifts.png",
+        ".lease.lock",
+    }
     assert (undisturbed / "shifts.png").read_bytes()[:4] == b"\x89PNG"
     assert "24 of 24 frames" in (undisturbed / "run.log").read_text()
     assert len(list((undisturbed / "aligned.zarr" / "frames" / "c").iterdir())) == 6
@@ -115,6 +124,21 @@ def test_a_scheduler_is_found_by_address_and_by_file(client, stored, undisturbed
 def test_a_scheduler_that_does_not_answer_is_told(stored, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="no dask scheduler answers at nonsense"):
         run(settings(stored, tmp_path / "run", scheduler="nonsense"))
+
+
+def test_a_scheduler_file_that_is_written_only_now_is_waited_for(client, stored, undisturbed, tmp_path):
+    file, out = tmp_path / "scheduler.json", tmp_path / "run"
+    driver = subprocess.Popen(run_command(stored, out, "--scheduler", file))
+    time.sleep(3)
+    file.write_text(json.dumps({"address": client.scheduler.address}))
+    assert driver.wait(60) == 0
+    assert stores(out) == stores(undisturbed)
+
+
+def test_a_scheduler_file_that_never_comes_is_told(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("stillframe.clusters._WAIT_FOR_FILE", 0.1)
+    with pytest.raises(ConnectionError, match="no such file appeared within 0.1 s"):
+        run(settings(stored, tmp_path / "run", scheduler=str(tmp_path / "scheduler.json")))
 
 
 def test_a_finished_run_is_not_done_again(stored, undisturbed, tmp_path):
@@ -328,6 +352,9 @@ class TestBadInput:
         torn.write_bytes(torn.read_bytes()[:-100])
         return path
 
+    def frames(self):
+        return np.stack([self.EXPERIMENT.render(index) for index in range(12)])
+
     EXPERIMENT = Experiment(frames=12, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=0, seed=3)
 
     def test_unreadable_chunks_are_reported_and_the_others_go_on(self, stored, tmp_path):
@@ -362,6 +389,71 @@ class TestBadInput:
         run(settings((whole, stored[1]), tmp_path / "fresh", reference="0"))
         with xr.open_zarr(out / "aligned.zarr") as mended, xr.open_zarr(tmp_path / "fresh" / "aligned.zarr") as fresh:
             np.testing.assert_array_equal(mended["frames"], fresh["frames"])
+
+    def test_the_reference_stays_when_one_of_its_frames_vanishes_and_comes_back(self, stored, tmp_path, monkeypatch):
+        path, out = store_frames(tmp_path / "frames.zarr", self.frames()), tmp_path / "run"
+        run(settings((path, stored[1]), out))
+        before, untouched = stores(out), records(out)
+        chunk = path / "c" / "2" / "0" / "0"
+        chunk.rename(tmp_path / "chunk")
+        # Another kind of processor makes other last bits: nothing may be made again.
+        monkeypatch.setattr("stillframe.prepare.build_reference", None)
+        assert run(settings((path, stored[1]), out)).problems
+        assert stores(out)["reference.zarr"] == before["reference.zarr"]
+        assert {file for file, when in records(out).items() if untouched[file] == when} == {
+            file for file in untouched if file.name != "000000.json"
+        }
+        (tmp_path / "chunk").rename(chunk)
+        assert not run(settings((path, stored[1]), out)).problems
+        assert stores(out) == before
+
+    def test_a_reference_made_without_a_lost_frame_says_so_when_it_comes_back(self, stored, tmp_path, capsys):
+        path, out = self.broken(stored, tmp_path), tmp_path / "run"
+        assert run(settings((path, stored[1]), out)).problems
+        before = contents(out / "reference.zarr")
+        array = __import__("zarr").open_array(path, mode="r+")
+        for index in (2, 9):
+            array[index] = self.EXPERIMENT.render(index)
+        capsys.readouterr()
+        assert not run(settings((path, stored[1]), out)).problems
+        assert "without the frames [2, 9], which could not be read then" in capsys.readouterr().err
+        assert contents(out / "reference.zarr") == before
+        (out / "reference.json").unlink()
+        assert not run(settings((path, stored[1]), out)).problems
+        assert contents(out / "reference.zarr") != before
+
+    @pytest.mark.parametrize("spoil", [lambda text: "", lambda text: text.replace('"digest":"', '"digest":"0')])
+    def test_a_reference_whose_origin_is_spoiled_is_made_again(self, stored, undisturbed, tmp_path, spoil):
+        run(settings(stored, tmp_path / "run"))
+        origin = tmp_path / "run" / "reference.json"
+        text = origin.read_text()
+        origin.write_text(spoil(text))
+        run(settings(stored, tmp_path / "run"))
+        assert origin.read_text() == text
+        assert stores(tmp_path / "run") == stores(undisturbed)
+
+    def test_changed_frames_of_the_reference_make_it_anew(self, stored, tmp_path):
+        path, out = store_frames(tmp_path / "frames.zarr", self.frames()), tmp_path / "run"
+        run(settings((path, stored[1]), out))
+        before = contents(out / "reference.zarr")
+        __import__("zarr").open_array(path, mode="r+")[3] = self.EXPERIMENT.render(4)
+        run(settings((path, stored[1]), out))
+        assert contents(out / "reference.zarr") != before
+
+    def test_a_run_without_one_good_frame_is_a_problem(self, stored, tmp_path):
+        dark = store_frames(tmp_path / "frames.zarr", np.zeros((4, 96, 80), np.uint16))
+        np.save(tmp_path / "image.npy", self.EXPERIMENT.render(0))
+        result = run(settings((dark, stored[1]), tmp_path / "run", reference=str(tmp_path / "image.npy")))
+        assert result.good == 0
+        assert "no frame got a shift without a flag" in result.problems[0]
+
+    def test_empty_chunks_that_were_left_out_are_explained(self, stored, tmp_path):
+        frames = self.frames()
+        frames[0] = 0
+        path = store_frames(tmp_path / "frames.zarr", frames)
+        (path / "c" / "0" / "0" / "0").unlink()
+        with pytest.raises(ValueError, match="cannot be read.*give --missing-chunks fill"):
+            run(settings((path, stored[1]), tmp_path / "run", reference="0"))
 
     def test_a_folder_of_another_run_is_refused(self, stored, undisturbed, tmp_path):
         before = stores(undisturbed)
@@ -409,6 +501,7 @@ class TestBadInput:
             ({"reference": "99"}, "there are 24"),
             ({"reference": "9"}, "no contrast"),
             ({"reference": "nowhere.tif"}, "does not exist"),
+            ({"reference": __file__, "reference_kind": "unpumped"}, "only one of them"),
             ({"max_shift": 80}, "Give at most 79"),
             ({"fill": -1}, "cannot hold"),
             ({"mask": "nowhere.npy"}, "does not exist"),

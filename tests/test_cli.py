@@ -55,6 +55,12 @@ def test_the_selftest_moves_the_users_own_frames(stored, tmp_path):
     assert max(report["fractions"]) < 20
 
 
+def test_the_selftest_looks_where_its_figures_go_first(stored, tmp_path):
+    told = stillframe("selftest", stored[0], "--save", tmp_path / "nowhere" / "figures.json")
+    assert told.returncode == 2
+    assert "is no folder" in told.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -100,6 +100,19 @@ def test_odd_coordinates_do_no_harm(tmp_path, frames):
     assert set(opened.coords) == {"quality", "stored_score"}
 
 
+def test_times_and_kinds_of_any_writer(tmp_path, frames):
+    """One coordinate that makes no sense stops nothing; bytes are words."""
+    stack = xr.Dataset({"frames": (("frame", "y", "x"), frames)})
+    stack["time"] = ("frame", np.arange(10.0), {"units": "bananas since breakfast"})
+    stack["kind"] = ("frame", np.array([b"pumped", b"unpumped"] * 5))
+    stack["scan"] = ("frame", np.arange(10))
+    stack.to_zarr(tmp_path / "a.zarr", zarr_format=2)
+    with pytest.warns(UserWarning, match="time is left out: it cannot be read"):
+        opened = open_frames(tmp_path / "a.zarr")
+    assert set(opened.coords) == {"kind", "scan"}
+    assert opened["kind"].values[:2].tolist() == ["pumped", "unpumped"]
+
+
 def test_a_misspelt_choice_is_told(tmp_path, frames):
     with pytest.raises(ValueError, match="Choose report or fill"):
         open_frames(store_frames(tmp_path / "a.zarr", frames), missing_chunks="ignore")

@@ -18,10 +18,12 @@ Read = Callable[[Sequence[int]], npt.NDArray[Any]]
 
 AT_ONCE = 16
 """Frames that are held at a time."""
+_USUAL = 16
+"""Frames that make a reference where nothing else is asked for."""
 
 
-def chosen_frames(use: int | slice, count: int) -> range:
-    """Return the frames that are asked for.
+def chosen_frames(use: int | slice | None, count: int) -> range:
+    """Return the frames that are asked for; where nothing is, the first 16 or as many as there are.
 
     Raises
     ------
@@ -33,6 +35,8 @@ def chosen_frames(use: int | slice, count: int) -> range:
     >>> chosen_frames(slice(2, 6), 10), chosen_frames(-1, 10)
     (range(2, 6), range(9, 10))
     """
+    if use is None:
+        return range(min(_USUAL, count))
     if not isinstance(use, slice):
         index = operator.index(use)
         if not -count <= index < count:

@@ -20,6 +20,7 @@ from stillframe.flags import Flag
 from stillframe.frames import FrameSource, frame_coordinates, open_source
 from stillframe.lazy import align, open_frames
 from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, no_match
+from stillframe.origin import Origin
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.progress import Meter, log, log_to, progress_bar, warn, write_plan
 from stillframe.records import STAGES, Lease, Ledger, Stage, UnitRecord, digest_of, fingerprint, lease, write_durably
@@ -40,6 +41,11 @@ from stillframe.units import Plan, Unit
 
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """System errors that every further unit would meet too."""
+
+_NONE_GOOD = (
+    "no frame got a shift without a flag. Look at the flags in shifts.zarr, and check the mask (True where pixels are "
+    "valid), the reference and --max-shift."
+)
 
 Moves = npt.NDArray[np.float64]
 
@@ -107,13 +113,13 @@ def run(settings: Settings, client: Any = None) -> Result:
     """
     check_folder(settings)
     source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
-    reference = prepare_reference(settings, source)
+    reference, origin = prepare_reference(settings, source)
     check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
     with executor(settings, client) as workers:
         plan = prepare_plan(settings, source, workers.budget)
         settings.out.mkdir(parents=True, exist_ok=True)
         with lease(settings.out) as held, log_to(settings.out / "run.log"):
-            return _Run(settings, source, reference, plan, workers, held).all_stages()
+            return _Run(settings, source, reference, origin, plan, workers, held).all_stages()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +129,7 @@ class _Run:
     settings: Settings
     source: FrameSource
     reference: Reference
+    origin: Origin | None
     plan: Plan
     workers: Executor
     held: Lease
@@ -196,7 +203,11 @@ class _Run:
             known = load_reference(path).digest
         except (ValueError, TypeError):
             known = ""
-        return ReferenceFile(path, known) if known == self.reference.digest else save_reference(self.reference, path)
+        if known != self.reference.digest:
+            save_reference(self.reference, path)
+        if self.origin:
+            self.origin.write(self._out / "reference.json")
+        return ReferenceFile(path, self.reference.digest)
 
     def _mark(self, unit: Unit, **parts: Any) -> str:
         """Fingerprint of what a unit's registration depends on."""
@@ -284,6 +295,9 @@ class _Run:
         seal_aligned(self._out / "aligned.zarr", holes)
         plot_shifts(shifts, self._out / "shifts.png")
         good = int((shifts["flag"] == 0).sum())
+        if not good:
+            problems = [*problems, _NONE_GOOD]
+            warn(_NONE_GOOD)
         frames = self.plan.frames
         log.info("finished: %d frames, %d with a shift and no flag, %d problems", frames, good, len(problems))
         return Result(self._out, frames, good, problems)

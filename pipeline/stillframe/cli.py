@@ -155,7 +155,9 @@ def demo(
 def selftest(
     frames: Annotated[Path, typer.Argument(help="Zarr array or group of the frames.")],
     mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
-    reference: Annotated[str, typer.Option(help='Frames whose content is moved ("0:16", "0"), or a file.')] = "0:16",
+    reference: Annotated[
+        str | None, typer.Option(help='Frames whose content is moved ("0:16", "0"), or a file.')
+    ] = None,
     max_shift: Annotated[int, typer.Option(min=2, help="Largest shift looked for, pixels.")] = 32,
     count: Annotated[int, typer.Option(min=10, help="How many frames to make.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
@@ -168,10 +170,12 @@ def selftest(
     from stillframe.selftest import selftest as test
     from stillframe.settings import make_settings
 
+    if not save.parent.is_dir():
+        raise FileNotFoundError(f"{save.parent} is no folder, so {save.name} cannot be written there. Make it first.")
     given = {"frames": frames, "mask": mask, "reference": reference, "max_shift": max_shift, "out": save.parent}
     settings = make_settings(_given(given))
     source = open_source(settings.frames)
-    known = prepare_reference(settings, source)
+    known, _ = prepare_reference(settings, source)
     report = test(known, single_frame_noise(source, known), frames=count, seed=seed)
     save.write_text(report.model_dump_json(indent=2))
     print_selftest(report, out)

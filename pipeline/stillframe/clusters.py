@@ -5,6 +5,7 @@ import itertools
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ _PROCESS_BYTES = 350 * 2**20
 """What a worker takes before it sees a frame: Python with its libraries."""
 _SHARE = 0.7
 """Part of a worker's memory that units may fill, below where dask begins to spill and pause."""
+_WAIT_FOR_FILE = 60.0
+"""Seconds in which a scheduler started beside this run writes its file."""
 _QUEUED = 2
 """Tasks given to each worker beyond the one it works on, so that it never waits."""
 
@@ -176,9 +179,9 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _connect(scheduler: str) -> Iterator[Any]:
     from distributed import Client
 
-    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    is_file = "://" not in scheduler and ("/" in scheduler or scheduler.endswith(".json"))
     try:
-        client = Client(**where, timeout=20)
+        client = _client_of_file(Path(scheduler)) if is_file else Client(scheduler, timeout=20)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConnectionError(
             f"no dask scheduler answers at {scheduler} ({error}). Check the address or the scheduler file, and that "
@@ -186,6 +189,18 @@ def _connect(scheduler: str) -> Iterator[Any]:
         ) from error
     with client:
         yield client
+
+
+def _client_of_file(file: Path) -> Any:
+    """Connect to the scheduler of a file, which a job that starts beside this one may write only now."""
+    from distributed import Client
+
+    until = time.monotonic() + _WAIT_FOR_FILE
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    if not file.exists():
+        raise FileNotFoundError(f"no such file appeared within {_WAIT_FOR_FILE:g} s")
+    return Client(scheduler_file=str(file), timeout=20)
 
 
 def _on(client: Any, settings: Settings) -> OnCluster:

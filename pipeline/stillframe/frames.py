@@ -274,14 +274,14 @@ def frame_coordinates(source: FrameSource) -> xr.Dataset:
     found = {
         name: variable for name, array in along.items() if (variable := _coordinate(array, parent / name)) is not None
     }
-    return _decode(xr.Dataset(coords=found)).rename({name: f"stored_{name}" for name in _OWN & set(found)})
+    return xr.Dataset(coords=found).rename({name: f"stored_{name}" for name in _OWN & set(found)})
 
 
 def _coordinate(array: Any, path: Path) -> xr.Variable | None:
-    """Read one coordinate whole, or warn and return None."""
+    """Read and decode one coordinate whole, or warn and return None."""
     attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
     try:
-        return xr.Variable("frame", array[:], attributes)
+        return _decoded(xr.Variable("frame", array[:], attributes))
     except Exception as error:
         warnings.warn(f"the coordinate {path} is left out: it cannot be read ({_short(error)})", stacklevel=2)
         return None
@@ -294,10 +294,14 @@ def _files(path: Path, array: Any, region: tuple[range, ...]) -> Iterator[Path]:
     return (path / array.metadata.encode_chunk_key(place) for place in product(*grid))
 
 
-def _decode(stored: xr.Dataset) -> xr.Dataset:
-    decoded = xr.decode_cf(stored, decode_timedelta=False)
-    words = {name: _words(variable) for name, variable in decoded.variables.items() if _is_enumeration(variable)}
-    return decoded.assign_coords(words)
+def _decoded(stored: xr.Variable) -> xr.Variable:
+    """Decode times, enumerations and bytes."""
+    decoded = xr.decode_cf(xr.Dataset(coords={"it": stored}), decode_timedelta=False)["it"].variable
+    if _is_enumeration(decoded):
+        return xr.Variable(*_words(decoded))
+    if decoded.dtype.kind == "S" or {type(value) for value in decoded.values.flat} == {bytes}:
+        return xr.Variable("frame", np.array([value.decode() for value in decoded.values.tolist()], dtype=object))
+    return decoded
 
 
 def _is_enumeration(variable: xr.Variable) -> bool:

@@ -25,7 +25,7 @@ _MISMATCH = 0.1
 
 
 def build_reference(
-    read: Read, indices: Sequence[int], mask: Mask, *, use: int | slice, iterations: int, **options: Any
+    read: Read, indices: Sequence[int], mask: Mask, *, use: int | slice | None, iterations: int, **options: Any
 ) -> Reference:
     """Return the reference of some frames: one, a mean, or a mean that was registered again and again.
 
@@ -37,15 +37,15 @@ def build_reference(
         Frames to choose from.
     mask : ndarray of bool, shape (y, x)
         True = valid.
-    use : int or slice
-        Which of the indices.
+    use : int, slice or None
+        Which of the indices; by default the first 16, or as many as there are.
     iterations : int
         Rounds of :func:`iterated_reference`.
     **options
         Fields of :class:`~stillframe.Reference`.
     """
     chosen = [indices[place] for place in chosen_frames(use, len(indices))]
-    if not isinstance(use, slice):
+    if use is not None and not isinstance(use, slice):
         return Reference(one_frame(read, chosen), mask, history=f"frame {chosen[0]}", **options)
     image, used = mean_image(read, chosen, mask, options.get("saturation"))
     first = Reference(image, mask, history=f"mean of {used} of {len(chosen)} frames as they are", **options)

@@ -90,7 +90,7 @@ def make_reference(
     frames: xr.DataArray | npt.ArrayLike,
     mask: npt.ArrayLike | None = None,
     *,
-    use: int | slice = slice(16),
+    use: int | slice | None = None,
     iterations: int = 0,
     kind: str | None = None,
     max_shift: int = 32,
@@ -106,8 +106,9 @@ def make_reference(
         A stack (frame, y, x), lazy or not; or an image (y, x) of any origin, which is taken as it is.
     mask : array_like of bool, shape (y, x), optional
         True = valid.
-    use : int or slice
-        One frame, or frames to average; dark, corrupt and saturated ones are left out of an average.
+    use : int or slice, optional
+        One frame, or frames to average; dark, corrupt and saturated ones are left out of an average. By default the
+        first 16, or as many as there are.
     iterations : int
         How often to register those frames, average them where the reference is, and take that mean as the
         reference, at most; it ends when the reference stops moving. Frames without a shift never enter, nor do

@@ -1,22 +1,24 @@
 """What a run needs before it starts, checked while nothing has been written yet."""
 
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.average import frames_of_kind
+from stillframe.average import chosen_frames, frames_of_kind
 from stillframe.checks import as_mask
-from stillframe.frames import FrameSource, frame_coordinates, load_image, load_mask
+from stillframe.frames import FrameSource, Reading, frame_coordinates, load_image, load_mask
 from stillframe.iterate import build_reference
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
+from stillframe.origin import Origin, read_origin
 from stillframe.progress import read_plan, warn
-from stillframe.records import refuse_second
+from stillframe.records import digest_of, refuse_second
 from stillframe.reference import Reference
 from stillframe.refine import Noise, measure_noise
 from stillframe.resample import output_dtype
@@ -76,30 +78,90 @@ def _same_run(before: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def prepare_reference(settings: Settings, source: FrameSource) -> Reference:
-    """Make the reference the settings ask for; frames that cannot be read are reported and left out."""
+def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Reference, Origin | None]:
+    """Make the reference the settings ask for, or take up the one this run began with.
+
+    Frames that cannot be read are reported and left out.
+
+    Returns
+    -------
+    Reference, Origin or None
+        What it was made from; None for a reference that comes from a file.
+    """
     mask = None if settings.mask is None else load_mask(settings.mask)
     options = {
         name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
     }
     use = _frames_asked(settings.reference)
-    if use is None:
-        reference = _reference_file(Path(settings.reference).expanduser(), mask, options)
-        return _same_shape(reference, source)
+    if isinstance(use, Path):
+        return _same_shape(_reference_file(use, mask, settings.reference_kind, options), source), None
+    indices = _indices(settings, source)
     valid = as_mask(mask, source.shape[1:])
+    rest = {"iterations": settings.reference_iterations, "one": isinstance(use, int)}
+    chosen = [indices[place] for place in chosen_frames(use, len(indices))]
+    origin = Origin.of(source, chosen, options | rest | {"mask": digest_of(valid)})
+    return _kept(settings.out, origin) or _made(settings, source, indices, use, valid, options, origin)
+
+
+def _indices(settings: Settings, source: FrameSource) -> Sequence[int]:
+    """Frames that the reference may be made of."""
     kinds = frame_coordinates(source).get("kind") if settings.reference_kind else None
-    indices = frames_of_kind(settings.reference_kind, None if kinds is None else kinds.values, source.shape[0])
-    iterations = settings.reference_iterations
-    return build_reference(_Reader(source), indices, valid, use=use, iterations=iterations, **options)
+    return frames_of_kind(settings.reference_kind, None if kinds is None else kinds.values, source.shape[0])
 
 
-def _frames_asked(wish: str) -> int | slice | None:
-    """Read "7" or "0:16" as Python does; None for anything else, which is a path."""
+def _kept(out: Path, now: Origin) -> tuple[Reference, Origin] | None:
+    """Return the reference that this run began with, if it would be made from the same now."""
+    before = read_origin(out / "reference.json")
+    if before is None or not before.holds(now):
+        return None
+    try:
+        reference = load_reference(out / "reference.zarr")
+    except (ValueError, TypeError):
+        return None
+    if reference.digest != before.digest:
+        return None
+    if before.returned(now):
+        warn(
+            f"the reference stays as it was made, without the frames {before.returned(now)}, which could not be read "
+            f"then. To make it anew with them, and do every unit again, remove {out / 'reference.json'}."
+        )
+    return reference, before
+
+
+def _made(
+    settings: Settings,
+    source: FrameSource,
+    indices: Sequence[int],
+    use: int | slice | None,
+    mask: Mask,
+    options: dict[str, Any],
+    origin: Origin,
+) -> tuple[Reference, Origin]:
+    reader = _Reader(source)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            reference = build_reference(
+                reader, indices, mask, use=use, iterations=settings.reference_iterations, **options
+            )
+    except ValueError as error:
+        if not reader.lost or source.missing_chunks == "fill":
+            raise
+        raise ValueError(f"{error} If their writer leaves out empty chunks, give --missing-chunks fill.") from error
+    for one in told:
+        warn(str(one.message))
+    return reference, origin.without(reader.lost).model_copy(update={"digest": reference.digest})
+
+
+def _frames_asked(wish: str | None) -> int | slice | Path | None:
+    """Read "7" or "0:16" as Python does; anything else is a path."""
+    if wish is None:
+        return None
     if re.fullmatch(r"-?\d+", wish):
         return int(wish)
     if re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", wish):
         return slice(*(int(part) if part else None for part in wish.split(":")))
-    return None
+    return Path(wish).expanduser()
 
 
 @dataclass(frozen=True)
@@ -107,17 +169,28 @@ class _Reader:
     """Reads the frames of some indices one by one, and tells which cannot be read."""
 
     source: FrameSource
+    lost: set[int] = field(default_factory=set)
 
     def __call__(self, indices: Sequence[int]) -> npt.NDArray[Any]:
         """Return those that can be read (frame, y, x)."""
         readings = [self.source.read(Unit(0, index, index + 1)) for index in indices]
-        for reading in readings:
-            for problem in reading.problems:
-                warn(f"left out of the reference: {problem}")
+        for index, reading in zip(indices, readings, strict=True):
+            self._tell(index, reading)
         return np.concatenate([reading.frames[~reading.damaged] for reading in readings])
 
+    def _tell(self, index: int, reading: Reading) -> None:
+        """Tell of a frame that cannot be read, once."""
+        for problem in reading.problems if index not in self.lost else ():
+            warn(f"left out of the reference: {problem}")
+            self.lost.add(index)
 
-def _reference_file(path: Path, mask: Mask | None, options: dict[str, Any]) -> Reference:
+
+def _reference_file(path: Path, mask: Mask | None, kind: str | None, options: dict[str, Any]) -> Reference:
+    if kind is not None:
+        raise ValueError(
+            f"frames of the kind {kind!r} were asked for as reference, but also the file {path}: only one of them can "
+            "be the reference. Leave out --reference or --reference-kind."
+        )
     if (path / "image" / "zarr.json").exists():
         stored = load_reference(path)
         return replace(stored, frame_mask=stored.frame_mask if mask is None else mask, **options)

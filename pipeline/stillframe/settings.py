@@ -33,8 +33,9 @@ class Settings(pydantic.BaseModel):
     """Folder of the run; made where it is missing."""
     mask: Path | None = None
     """Valid pixels (y, x), non-zero = valid: npy, tif, png or Zarr. Without one every pixel is valid."""
-    reference: str = "0:16"
-    """Frames to average ("0:16", "100"), or the path of an image or of a reference.zarr."""
+    reference: str | None = None
+    """Frames to average ("0:16", "100"), or the path of an image or of a reference.zarr; by default the first 16
+    frames, or as many as there are."""
     reference_iterations: int = Field(default=3, ge=0)
     """How often, at most, those frames are registered and averaged where the reference is."""
     reference_kind: str | None = None
