@@ -1,6 +1,7 @@
 """Errors of the shifts against the Cramér–Rao bound, on simulated frames, beside what peers give.
 
     python tests/benchmarks/accuracy.py [--sizes 512 2048] [--frames 200] [--processes 2] [--out accuracy.json]
+    python tests/benchmarks/accuracy.py --draw accuracy.json tests/benchmarks/accuracy.png
 
 Every cell draws its own frames with shifts uniform in ±8 px; seeds are in the JSON. ``rms / bound`` is per axis,
 after the offset common to all frames was removed. Cells with ``reference`` 64 iterate it from 64 noisy frames of the
@@ -124,6 +125,7 @@ def cell(case):
     return {
         "case": f"{pattern}{', 1 % spikes' if spikes else ''}",
         "size": size,
+        "spikes": spikes,
         "dose": dose,
         "reference": references,
         "seed": seed,
@@ -181,6 +183,31 @@ def show(results):
     )
 
 
+def draw(results, path):
+    """Error against dose, for rings of 512 px on a reference of 64 frames."""
+    import matplotlib.pyplot as plt
+
+    cells = [
+        one for one in results if (one["case"], one["size"], one["reference"], one["spikes"]) == ("rings", 512, 64, 0)
+    ]
+    cells.sort(key=lambda one: one["dose"])
+    doses, bound = [one["dose"] for one in cells], np.array([one["bound"] for one in cells]).mean(axis=1)
+    lines = {
+        "scikit-image, masked": ("scikit_image_over_bound", "s-", "tab:red"),
+        "parabola on the masked NCC": ("parabola_over_bound", "^-", "tab:orange"),
+        "stillframe": ("rms_over_bound", "o-", "tab:blue"),
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label, (name, style, colour) in lines.items():
+        error = np.sqrt(np.mean(np.array([one[name] for one in cells]) ** 2, axis=1)) * bound
+        axes.loglog(doses, error, style, color=colour, label=label)
+    axes.loglog(doses, bound, "k--", label="Cramér–Rao bound")
+    axes.set(xlabel="counts per pixel on the brightest ring", ylabel="rms error per axis (pixels)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048])
@@ -188,7 +215,11 @@ def main():
     parser.add_argument("--peers", type=int, default=30, help="frames that the peers see too (512 px only)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="only draw earlier figures")
     options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(options.draw[0].read_text())["cells"], options.draw[1])
+        return
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         results = []
         for result in pool.imap(cell, cases(options)):
