@@ -5,7 +5,7 @@ import pytest
 
 from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.average import frames_of_kind
-from stillframe.refine import Noise, measure_noise, smooth
+from stillframe.noise import Noise, measure_noise, smooth
 from stillframe.scene import Experiment, evaluate
 from synthetic import blocked, windows
 

@@ -12,9 +12,11 @@ from stillframe.average import AT_ONCE, Read, chosen_frames, mean_image, one_fra
 from stillframe.checks import native
 from stillframe.match import match_frames
 from stillframe.ncc import Image, Mask
+from stillframe.noise import Noise, count_limit, smooth, variance_of
 from stillframe.reference import Reference
-from stillframe.refine import Estimate, Noise, count_limit, refine, smooth, variance_of
+from stillframe.refine import Estimate, refine
 from stillframe.resample import resample_frames
+from stillframe.search import statistics
 
 _STILL = 0.1
 """Shifts that change by less than this part of their error have arrived."""
@@ -219,7 +221,8 @@ class _Pile:
             return
         start = round(float(match["dy"])), round(float(match["dx"]))
         values = native(frame, "a frame", 2)
-        estimate = refine(values, self.reference.frame_mask, start, self.reference.template)
+        seen = statistics(values, self.reference.frame_mask, np.inf)
+        estimate = refine(values, self.reference.frame_mask, seen, start, self.reference.template)
         if estimate is None:
             return
         explained = self._explained(values, estimate)

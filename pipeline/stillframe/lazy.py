@@ -23,9 +23,9 @@ from stillframe.iterate import build_reference
 from stillframe.match import MATCH_DTYPE, Matches, match_frames
 from stillframe.records import fingerprint
 from stillframe.reference import Reference
-from stillframe.refine import Weights
 from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
 from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
+from stillframe.template import Weights
 from stillframe.units import TARGET_BYTES, frame_range, make_plan
 
 __all__ = ["align", "make_reference", "open_frames", "register"]

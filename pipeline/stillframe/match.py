@@ -156,13 +156,13 @@ def _search_and_refine(
     if peak is None:
         return no_match(Flag.LOW_SCORE, seen.mean)
     if not peak.at_edge:
-        return _refined(frame, peak, reference, mask, seen.mean)
+        return _refined(frame, peak, reference, mask, seen)
     if peak.score < least_score(peak.pixels, peak.lags):
         return _given_up(peak, reference, seen.mean)
     farther = reference.find_farther_peak(frame, seen, mask)
     if farther is None or farther.at_edge:
         return _given_up(farther or peak, reference, seen.mean)
-    return _refined(frame, farther, reference, mask, seen.mean, int(Flag.AT_EDGE))
+    return _refined(frame, farther, reference, mask, seen, int(Flag.AT_EDGE))
 
 
 def _unmatched(reference: Reference, intensity: float) -> Flag:
@@ -184,21 +184,21 @@ def _refined(
     peak: Peak,
     reference: Reference,
     mask: Mask | None,
-    intensity: float,
+    seen: Statistics,
     known: int = 0,
 ) -> tuple[float, ...]:
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
-        return _whole(peak, reference, intensity, known)
+        return _whole(peak, reference, seen.mean, known)
     valid = reference.frame_mask if mask is None else mask
-    estimate = refine(frame, valid, peak.shift, reference.template)
+    estimate = refine(frame, valid, seen, peak.shift, reference.template)
     if estimate is None or _no_match(estimate, peak.lags):
-        return _record(peak, reference, intensity, _unmatched(reference, intensity))
+        return _record(peak, reference, seen.mean, _unmatched(reference, seen.mean))
     if _ambiguous(peak, reference):
-        return _record(peak, reference, intensity, Flag.AMBIGUOUS_PEAK)
+        return _record(peak, reference, seen.mean, Flag.AMBIGUOUS_PEAK)
     if np.abs(estimate.shift).max() > peak.reach + 1:
-        return _record(peak, reference, intensity, Flag.AT_EDGE)
-    return _record(peak, reference, intensity, Flag(known), estimate.shift, estimate.covariance)
+        return _record(peak, reference, seen.mean, Flag.AT_EDGE)
+    return _record(peak, reference, seen.mean, Flag(known), estimate.shift, estimate.covariance)
 
 
 def _whole(peak: Peak, reference: Reference, intensity: float, known: int) -> tuple[float, ...]:

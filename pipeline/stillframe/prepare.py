@@ -16,11 +16,11 @@ from stillframe.frames import FrameSource, Reading, frame_coordinates, load_imag
 from stillframe.iterate import build_reference
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
+from stillframe.noise import Noise, measure_noise
 from stillframe.origin import Origin, read_origin
 from stillframe.progress import read_plan, warn
 from stillframe.records import digest_of, refuse_second
 from stillframe.reference import Reference
-from stillframe.refine import Noise, measure_noise
 from stillframe.resample import output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
 from stillframe.store import load_reference

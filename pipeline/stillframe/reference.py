@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from stillframe.checks import as_mask, native
 from stillframe.ncc import Image, Mask, check_options
+from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
-from stillframe.refine import Noise, Template, Weights, measure_noise, prepare_template
 from stillframe.search import Search, Statistics, statistics
+from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
 

@@ -9,55 +9,43 @@ over a fixed support of reference pixels p (P. Huber, "The behavior of maximum l
 conditions", Proc. 5th Berkeley Symp. 1, 221, 1967, for the estimator and its sandwich covariance). With weights
 1/variance the T_k are those of maximum likelihood, so the Cramér–Rao bound is met. The raw frame is never resampled
 and the reference R only shifted by whole pixels: its correlation with the smooth T_k is known at lags −3…3 and
-interpolated between them, which is exact to well below a thousandth of a pixel. Noise that templates and reference
-share would bend that correlation (and attenuate shifts); its expectation is known from the noise's variance and
-taken off. A pixel whose residual no noise explains (a hot pixel, an x-ray hit) is left out, and what it would have
-contributed to the model with it.
+interpolated between them, which is exact to well below a thousandth of a pixel. A sample of the rows tells first what
+is near and what is noise; one pass over all pixels then gives the result. Noise that templates and reference share
+would bend that correlation (and attenuate shifts); its expectation is known from the noise's variance and taken off. A
+pixel whose residual no noise explains (a hot pixel, an x-ray hit) is left out, and what it would have contributed to
+the model with it.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 
 from stillframe.ncc import Image, Mask
-from stillframe.search import runs_of
+from stillframe.search import Float32, Statistics
+from stillframe.template import FEWEST, REACH, Equations, Runs, Template, add_model
 
-Weights = Literal["counts", "uniform"]
-
-_SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Standard deviations (px) of the Gaussians that are tried for the templates."""
-_KEPT_INFORMATION = 0.995
-"""Part of the Fisher information that the support keeps."""
-_REACH = 3
-_LAGS = range(-_REACH, _REACH + 1)
-_SIZE = len(_LAGS)
+_NEAR = 3
+"""Lags at which the model of pixels that are left out is known, on either side."""
 _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
+_SKEW = (_OUTLIER**2 - 1) / 6
+"""The correction, in units of one count (Cornish and Fisher, 1938)."""
 _FARTHEST = 0.75
 """Fractions beyond this mean that the whole-pixel start was wrong by one; the solution is started again there."""
 _WALK = 1.5
 """A solution farther from the peak than this, in pixels and in widths of the templates, belongs to something else."""
 _STARTS = 8
-_PASSES = 6
-_FEWEST = 64
-_MOST_SKEWED = 1e8
-"""A picture that changes along one direction only says nothing of shifts along the other."""
-_SAMPLE = 20_000
-_FLOOR = 0.05
-"""Variances below this part of their mean are not believed."""
-
-
-class Noise(NamedTuple):
-    """The variance of a picture's pixels: ``gain · (intensity − pedestal)``."""
-
-    gain: float
-    """Variance per unit of intensity; 1 for one frame of counts, 1/n for the mean of n."""
-    pedestal: float
-    """Intensity at which there would be no noise."""
+_PASSES = 5
+_SETTLED = 0.02
+"""Steps below this, in pixels, end the work on the sample."""
+_FAR_STEP = 0.25
+"""A step over all pixels that is longer than this is followed by another."""
+_GUESSED = 20_000
+"""Pixels that the first guess looks at."""
+_SHORT = ("i1", "u1", "i2", "u2")
+"""Frames that are read as they are; others are standardized, so that single precision holds them."""
 
 
 class Estimate(NamedTuple):
@@ -83,302 +71,111 @@ class Estimate(NamedTuple):
     """The unexplained structure in standard errors of what noise alone would show."""
 
 
-def count_limit(variance: Image, count: float, deviations: float) -> Image:
-    """Return the residual that is as rare for noise coming in counts as so many deviations are for normal noise.
+class _Parameters(NamedTuple):
+    """What a frame differs in from the reference."""
 
-    The second term is for the skewness of counts (Cornish and Fisher, 1938).
-    """
-    return np.asarray(deviations * np.sqrt(variance) + count * (deviations**2 - 1) / 6)
-
-
-def smooth(image: Image, mask: Mask, width: float) -> Image:
-    """Return the Gaussian-weighted mean of the valid pixels around each pixel."""
-    total = scipy.ndimage.gaussian_filter(np.where(mask, image, 0.0), width, mode="constant")
-    weight = scipy.ndimage.gaussian_filter(mask.astype(np.float64), width, mode="constant")
-    return np.asarray(np.divide(total, weight, out=np.zeros_like(total), where=weight > 1e-3))
-
-
-def measure_noise(image: Image, mask: Mask) -> Noise:
-    """Measure gain and pedestal from one picture with independent noise: its photon-transfer curve.
-
-    The fourth difference along both axes removes what is smooth and leaves 70² times the noise's variance (after
-    J. Immerkær, CVIU 64(2), 300, 1996, doi 10.1006/cviu.1996.0060); against the local intensity it is a line.
-    """
-    kernel = np.array([1.0, -4.0, 6.0, -4.0, 1.0])
-    residual = scipy.ndimage.correlate1d(np.where(mask, image, 0.0), kernel, axis=0)
-    residual = scipy.ndimage.correlate1d(residual, kernel, axis=1)
-    inner = scipy.ndimage.binary_erosion(mask, np.ones((5, 5)))
-    if np.count_nonzero(inner) < _FEWEST:
-        return Noise(1.0, 0.0)
-    variance, intensity = residual[inner] ** 2 / 70**2, smooth(image, mask, 2.0)[inner]
-    order = np.argsort(intensity, kind="stable")
-    parts = [(intensity[part].mean(), _trimmed_mean(variance[part])) for part in np.array_split(order, 32)]
-    return _line(*np.array(parts).T)
-
-
-def _trimmed_mean(values: Image) -> float:
-    """Mean without what no noise explains, be it of few counts."""
-    return float(values[values <= 100 * values.mean()].mean())
-
-
-def _line(intensity: Image, variance: Image) -> Noise:
-    """Fit variance = gain · (intensity − pedestal), each point weighted by its own scatter."""
-    weight = 1 / np.maximum(variance, 0.1 * variance.mean() + 1e-300)
-    design = np.stack([intensity, np.ones_like(intensity)], axis=1) * weight[:, None]
-    (gain, constant), *_ = np.linalg.lstsq(design, variance * weight)
-    spread = intensity.max() - intensity.min()
-    if gain * spread <= 0.2 * variance.mean():
-        return Noise(0.0, float(-variance.mean()))
-    return Noise(float(gain), float(min(-constant / gain, intensity.min())))
-
-
-@dataclass(frozen=True, eq=False)
-class Template:
-    """All of a reference that refinement needs and no frame changes."""
-
-    image: Image
-    """The reference (y, x) less its level, 0 where invalid."""
-    level: float
-    """Mean of the reference."""
-    runs: npt.NDArray[np.int64]
-    """Support as runs (row, first, stop)."""
-    fields: npt.NDArray[np.float32]
-    """Over the support: variance, reference, slopes along y and x of the smoothed reference, and the latter."""
-    model: Image
-    """Σ T_k(p) R(p + lag), noise taken off, (4, lags, lags)."""
-    shared: Image
-    """What was taken off, (4, lags, lags)."""
-    totals: Image
-    """Σ T_k, (4,)."""
-    wander: Image
-    """How the reference's noise changes with the fraction: Σ ∂_i T_k ∂_j T_l v, (2, 2, 2, 2)."""
-    uniform: float
-    """The weight of every pixel; 0 where it is the inverse of the variance."""
-    products: Image
-    """Σ T_k T_l v of the reference's variance v, (4, 4)."""
-    grain: float
-    """Step of one count in the reference, in its unit of intensity; 0 where noise does not come in counts."""
-    smoothing: float
-    """Standard deviation of the templates' Gaussian, pixels."""
-    common: Image
-    """Covariance (2, 2), px², of the offset that the reference's own noise gives to all frames alike."""
-    structure: float
-    """Mean product of neighbours along x of the support, each less the mean and over its standard deviation."""
-
-
-def prepare_template(
-    image: Image,
-    mask: Mask,
-    noise: Noise,
-    weights: Weights = "counts",
-    smoothing: float | None = None,
-    *,
-    level: float = 0.0,
-) -> Template | None:
-    """Prepare the templates, with the smoothing that promises the smallest errors unless one is given.
-
-    ``level`` was taken off the image, so that single precision holds it whatever its pedestal.
-    Returns None where the picture holds too little structure for its noise, or too few pixels.
-    """
-    width = smoothing or _best_smoothing(image, mask, noise, weights)
-    return None if width is None else _template(_Draft.of(image, mask, noise, weights, width), noise, level)
-
-
-def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
-    """Go from little to much smoothing for as long as the promised errors fall."""
-    best, promised = None, np.inf
-    for width in _SMOOTHINGS:
-        promise = _Draft.of(image, mask, noise, weights, width).promise()
-        if promise > promised:
-            break
-        if np.isfinite(promise):
-            best, promised = width, promise
-    return best
-
-
-@dataclass(frozen=True, eq=False)
-class _Draft:
-    """Templates of one smoothing, before the sums over them."""
-
-    image: Image
-    soft: Image
-    slopes: Image
-    scatter: Image
-    weight: Image
-    support: Mask
-    width: float
-    uniform: float
-
-    @classmethod
-    def of(cls, image: Image, mask: Mask, noise: Noise, weights: Weights, width: float) -> "_Draft":
-        """Smooth the reference, weigh its pixels and choose the support."""
-        soft = smooth(image, mask, width)
-        slopes = np.stack([scipy.ndimage.correlate1d(soft, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)])
-        scatter = np.where(mask, variance_of(soft, mask, noise), 0)
-        uniform = 0.0 if weights == "counts" else float(1 / scatter[mask].mean())
-        inverse = np.divide(1, scatter, out=np.zeros_like(scatter), where=mask)
-        weight = mask.astype(np.float64) * uniform if uniform else inverse
-        return cls(
-            image, soft, slopes, scatter, weight, _support(mask, weight * (slopes**2).sum(axis=0)), width, uniform
-        )
-
-    def promise(self) -> float:
-        """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails."""
-        if np.count_nonzero(self.support) < _FEWEST:
-            return np.inf
-        templates = (self.weight * self.slopes)[:, self.support]
-        change = [scipy.ndimage.correlate1d(self.image, [-0.5, 0, 0.5], axis=axis)[self.support] for axis in (0, 1)]
-        shared = _curvature(self.shared_noise())
-        jacobian = templates @ np.stack(change).T - shared
-        if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or np.linalg.cond(jacobian) > _MOST_SKEWED:
-            return np.inf
-        variance = (templates * self.scatter[self.support]) @ templates.T
-        inverse = np.linalg.inv(jacobian)
-        return float(np.trace(inverse @ variance @ inverse.T))
-
-    def shared_noise(self) -> Image:
-        """Expectation of Σ T_k(p) η(p + lag), (4, lags, lags): T_k holds the smoothed noise η of the same picture."""
-        reach = int(4 * self.width + 0.5) + 4
-        impulse = np.zeros((2 * reach + 1, 2 * reach + 1))
-        impulse[reach, reach] = 1
-        kernel = scipy.ndimage.gaussian_filter(impulse, self.width, mode="constant")
-        kernels = [scipy.ndimage.correlate1d(kernel, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)]
-        lags = np.ix_(*[[reach - lag for lag in _LAGS]] * 2)
-        total = float(self.weight[self.support] @ self.scatter[self.support])
-        return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((_SIZE, _SIZE))])
-
-
-def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
-    """Sum what the estimating equations need over the support."""
-    if np.count_nonzero(draft.support) < _FEWEST:
-        return None
-    support = draft.support
-    parts = (draft.scatter, draft.image, draft.slopes[0], draft.slopes[1], draft.soft)
-    fields = np.stack([part[support] for part in parts]).astype(np.float32)
-    runs = runs_of(support)
-    shared = draft.shared_noise()
-    model = _model_sums(draft.image, runs, fields, draft.uniform) - shared
-    weight = draft.weight[support]
-    templates = np.stack([weight * fields[2], weight * fields[3], weight * fields[4], weight])
-    scatter = draft.scatter[support]
-    if np.linalg.cond(_curvature(model)) > _MOST_SKEWED:
-        return None
-    products = (templates * scatter) @ templates.T
-    inverse = np.linalg.inv(_curvature(model))
-    return Template(
-        image=draft.image,
-        level=level,
-        runs=runs,
-        fields=fields,
-        model=model,
-        shared=shared,
-        totals=templates.sum(axis=1),
-        wander=_wander(draft.weight * draft.slopes, support, draft.scatter),
-        uniform=draft.uniform,
-        products=products,
-        grain=noise.gain,
-        smoothing=draft.width,
-        common=inverse @ products[:2, :2] @ inverse.T,
-        structure=_structure(draft.image, draft.scatter, support),
-    )
-
-
-def _structure(image: Image, scatter: Image, support: Mask) -> float:
-    """Mean product of neighbours along x, to which noise that is independent from pixel to pixel adds nothing."""
-    inverse = 1 / scatter[support]
-    level = float(image[support] @ inverse / inverse.sum())
-    known = np.where(support, (image - level) / np.sqrt(np.where(support, scatter, 1)), 0)
-    pairs = np.count_nonzero(support[:, 1:] & support[:, :-1])
-    return float((known[:, 1:] * known[:, :-1]).sum() / max(pairs, 1))
-
-
-@numba.njit(nogil=True, cache=True)
-def _model_sums(image: Image, runs: npt.NDArray[np.int64], fields: npt.NDArray[np.float32], uniform: float) -> Image:
-    """Σ T_k(p) R(p + lag) over the support, (4, lags, lags)."""
-    model = np.zeros((4, _SIZE, _SIZE))
-    i = 0
-    for k in range(runs.shape[0]):
-        for column in range(runs[k, 1], runs[k, 2]):
-            weight = uniform if uniform > 0 else 1 / np.float64(fields[0, i])
-            _add_model(model, weight, fields[:, i], image, runs[k, 0], column)
-            i += 1
-    return model
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _add_model(
-    model: Image, weight: float, field: npt.NDArray[np.float32], image: Image, row: int, column: int
-) -> None:
-    """Add what one pixel of the support gives to the model."""
-    for dy in range(_SIZE):
-        for dx in range(_SIZE):
-            value = weight * image[row + dy - _REACH, column + dx - _REACH]
-            model[0, dy, dx] += field[2] * value
-            model[1, dy, dx] += field[3] * value
-            model[2, dy, dx] += field[4] * value
-            model[3, dy, dx] += value
-
-
-def variance_of(soft: Image, mask: Mask, noise: Noise) -> Image:
-    """Return the variance of each pixel of a picture whose smoothed intensity is given."""
-    if noise.gain <= 0:
-        return np.full_like(soft, max(-noise.pedestal, 1e-300))
-    above = np.maximum(soft - noise.pedestal, 0)
-    return noise.gain * np.maximum(above, max(_FLOOR * float(above[mask].mean()), 1e-300))
-
-
-def _support(mask: Mask, information: Image) -> Mask:
-    """Pixels whose surroundings are valid and that carry all but a little of the information.
-
-    The choice is made on smoothed information, so that it does not follow the noise.
-    """
-    whole = scipy.ndimage.binary_erosion(mask, np.ones((_SIZE, _SIZE)))
-    density = np.where(whole, scipy.ndimage.gaussian_filter(np.where(whole, information, 0), 4.0, mode="constant"), 0)
-    ordered = np.sort(density[whole])[::-1]
-    if not ordered.size or ordered[0] <= 0:
-        return np.zeros_like(mask)
-    filled = np.cumsum(ordered)
-    least = ordered[min(np.searchsorted(filled, _KEPT_INFORMATION * filled[-1]), len(ordered) - 1)]
-    return np.asarray(whole & (density >= least))
-
-
-def _curvature(model: Image) -> Image:
-    """Derivative of the first two models by the shift at 0, (2, 2)."""
-    middle, after, before = _REACH, _REACH + 1, _REACH - 1
-    along_y = (model[:2, after, middle] - model[:2, before, middle]) / 2
-    along_x = (model[:2, middle, after] - model[:2, middle, before]) / 2
-    return np.stack([along_y, along_x], axis=1)
-
-
-def _wander(templates: Image, support: Mask, scatter: Image) -> Image:
-    """Scatter of Σ T_k η when the reference's noise η is read between its pixels, per fraction squared."""
-    inside = templates * support
-    slopes = [scipy.ndimage.correlate1d(one, [-0.5, 0, 0.5], axis=axis)[support] for one in inside for axis in (0, 1)]
-    flat = np.stack(slopes)
-    return np.asarray(((flat * scatter[support]) @ flat.T).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3))
+    shift: npt.NDArray[np.float64]
+    """The fraction (y, x), pixels."""
+    gain: float
+    offset: float
+    own: float
+    """The frame's variance over the reference's."""
 
 
 class _Sums(NamedTuple):
-    """What one pass over the support gives."""
+    """What one pass over the pixels gives."""
 
-    data: Image
-    """Σ T_k f, (4,)."""
-    model: Image
-    """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
-    totals: Image
-    """Σ T_k of the pixels that were left out, (4,)."""
+    residual: Image
+    """Σ T_k r, (4,), r from the reference moved to first order."""
     scatter: Image
     """Σ T_k T_l r², (4, 4)."""
     squares: float
     """Σ r² over the reference's variance."""
     neighbours: float
     """Σ r r' of neighbours along x, each over the reference's standard deviation."""
-    pairs: int
-    """Such pairs of pixels."""
-    used: int
-    """Pixels that were used."""
+    model: Image
+    """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
+    totals: Image
+    """Σ T_k of the pixels that were left out, (4,)."""
+    linear: Image
+    """Σ T_k times the reference and its slopes, of the pixels that were left out, (4, 3)."""
+    left: int
+    """Pixels that were left out."""
     outliers: int
-    """Valid pixels that were left out."""
+    """Those of them that are valid in the frame."""
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _residuals(
+    values: npt.NDArray[Any],
+    valid: npt.NDArray[np.bool_],
+    level: Float32,
+    slope_y: Float32,
+    slope_x: Float32,
+    inverse: Float32,
+    parameters: Float32,
+    out: Float32,
+    kept: npt.NDArray[np.uint8],
+) -> None:
+    """Residuals of one run over the reference's standard deviation, 0 where they are no noise."""
+    gain, along_y, along_x, offset, limit, above, below = parameters
+    for i in range(len(values)):
+        expected = gain * level[i] + along_y * slope_y[i] + along_x * slope_x[i]
+        value = ((np.float32(values[i]) - offset) - expected) * inverse[i]
+        good = valid[i] & (value < limit + above * inverse[i]) & (value > -limit - below * inverse[i])
+        kept[i] = good
+        out[i] = value if good else np.float32(0)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _add(
+    residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, sums: npt.NDArray[np.float64]
+) -> None:
+    """Add what one run gives: Σ T_k r, the upper triangle of Σ T_k T_l r², Σ r², Σ r r'."""
+    zero = np.float32(0)
+    s0, s1, s2, s3 = zero, zero, zero, zero
+    s00, s01, s02, s03, s11, s12, s13, s22, s23, s33 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    squares, neighbours = zero, zero
+    for i in range(len(residuals)):
+        value = residuals[i]
+        a3 = pull[i] * value
+        a0, a1, a2 = slope_y[i] * a3, slope_x[i] * a3, soft[i] * a3
+        s0 += a0
+        s1 += a1
+        s2 += a2
+        s3 += a3
+        s00 += a0 * a0
+        s01 += a0 * a1
+        s02 += a0 * a2
+        s03 += a0 * a3
+        s11 += a1 * a1
+        s12 += a1 * a2
+        s13 += a1 * a3
+        s22 += a2 * a2
+        s23 += a2 * a3
+        s33 += a3 * a3
+        squares += value * value
+    for i in range(1, len(residuals)):
+        neighbours += residuals[i] * residuals[i - 1]
+    found = (s0, s1, s2, s3, s00, s01, s02, s03, s11, s12, s13, s22, s23, s33, squares, neighbours)
+    for k in range(len(found)):
+        sums[k] += np.float64(found[k])
+
+
+@numba.njit(nogil=True, cache=True)
+def _leave_out(
+    fields: Float32, image: Float32, row: int, column: int, model: Image, totals: Image, linear: Image
+) -> None:
+    """Add what one pixel that is left out would have given."""
+    weight = np.float64(fields[3]) * np.float64(fields[-1])
+    add_model(model, _NEAR, weight, fields, image, row, column)
+    level, slope_y, slope_x = np.float64(image[row, column]), np.float64(fields[0]), np.float64(fields[1])
+    for k in range(4):
+        template = weight if k == 3 else weight * np.float64(fields[k])
+        totals[k] += template
+        linear[k, 0] += template * level
+        linear[k, 1] += template * slope_y
+        linear[k, 2] += template * slope_x
 
 
 @numba.njit(nogil=True, cache=True)
@@ -386,67 +183,102 @@ def _pass(
     frame: npt.NDArray[Any],
     mask: Mask,
     start: tuple[int, int],
-    runs: npt.NDArray[np.int64],
-    fields: npt.NDArray[np.float32],
-    image: Image,
-    parameters: npt.NDArray[np.float64],
+    runs: Runs,
+    fields: Float32,
+    image: Float32,
+    parameters: Float32,
 ) -> _Sums:
-    """Go through the support once.
-
-    Parameters are ε_y, ε_x, gain, offset, the frame's variance over the reference's, the reference's grain, and the
-    weight of every pixel if it is uniform.
-    """
-    ey, ex, gain, offset, own, grain, uniform = parameters
-    data, totals, scatter, model = np.zeros(4), np.zeros(4), np.zeros((4, 4)), np.zeros((4, _SIZE, _SIZE))
-    template = np.zeros(4)
-    squares, used, outliers, neighbours, pairs = 0.0, 0, 0, 0.0, 0
-    skew = grain * own / gain * (_OUTLIER**2 - 1) / 6
-    skew_reference = grain * gain * (_OUTLIER**2 - 1) / 6
+    """Go through the pixels once, a run at a time."""
+    sums, totals, linear = np.zeros(16), np.zeros(4), np.zeros((4, 3))
+    model = np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
     height, width = frame.shape
-    i = 0
+    slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[-1]
+    residuals, kept = np.empty(image.shape[1], np.float32), np.empty(image.shape[1], np.uint8)
+    left, outliers, i = 0, 0, 0
     for k in range(runs.shape[0]):
         row, y = runs[k, 0], runs[k, 0] - start[0]
-        before, known = 0.0, False
-        for column in range(runs[k, 1], runs[k, 2]):
-            x = column - start[1]
-            spread, level = np.float64(fields[0, i]), np.float64(fields[1, i])
-            weight = uniform if uniform > 0 else 1 / spread
-            slope_y, slope_x, soft = np.float64(fields[2, i]), np.float64(fields[3, i]), np.float64(fields[4, i])
-            i += 1
-            template[0], template[1] = weight * slope_y, weight * slope_x
-            template[2], template[3] = weight * soft, weight
-            good = 0 <= y < height and 0 <= x < width and mask[y, x]
-            if good:
-                value = np.float64(frame[y, x])
-                residual = value - gain * (level + ey * slope_y + ex * slope_x) - offset
-                variance = (own + gain * gain) * spread
-                limit = _OUTLIER * np.sqrt(variance)
-                if residual < limit + skew and residual > -limit - skew_reference:
-                    square = residual * residual
-                    used += 1
-                    squares += square / spread
-                    residual /= np.sqrt(spread)
-                    if known:
-                        neighbours += residual * before
-                        pairs += 1
-                    before, known = residual, True
-                    for a in range(4):
-                        data[a] += template[a] * value
-                        for b in range(a + 1):
-                            scatter[a, b] += template[a] * template[b] * square
-                    continue
-                outliers += 1
-            known = False
-            for a in range(4):
-                totals[a] += template[a]
-            _add_model(model, weight, fields[:, i - 1], image, row, column)
+        begin, end = runs[k, 1], runs[k, 2]
+        first, stop = max(begin, start[1]), min(end, width + start[1])
+        if y < 0 or y >= height or stop <= first:
+            first, stop = begin, begin
+        kept[: end - begin] = 0
+        if first < stop:
+            a, b, size = i + first - begin, i + stop - begin, stop - first
+            valid = mask[y, first - start[1] : stop - start[1]]
+            values = frame[y, first - start[1] : stop - start[1]]
+            found, good = residuals[:size], kept[first - begin : stop - begin]
+            _residuals(
+                values, valid, image[row, first:stop], slope_y[a:b], slope_x[a:b], inverse[a:b], parameters, found, good
+            )
+            _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], sums)
+        for j in range(end - begin):
+            if not kept[j] and inverse[i + j] > 0:
+                column = begin + j
+                left += 1
+                outliers += first <= column < stop and mask[y, column - start[1]]
+                _leave_out(fields[:, i + j], image, row, column, model, totals, linear)
+        i += end - begin
+    scatter, n = np.zeros((4, 4)), 4
     for a in range(4):
-        for b in range(a):
-            scatter[b, a] = scatter[a, b]
-    return _Sums(data, model, totals, scatter, squares, neighbours, pairs, used, outliers)
+        for b in range(a, 4):
+            scatter[a, b] = scatter[b, a] = sums[n]
+            n += 1
+    return _Sums(sums[:4], scatter, sums[14], sums[15], model, totals, linear, left, outliers)
 
 
-def refine(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template: Template) -> Estimate | None:
+@numba.njit(nogil=True, cache=True)
+def _guess(
+    frame: npt.NDArray[Any],
+    mask: Mask,
+    start: tuple[int, int],
+    runs: Runs,
+    fields: Float32,
+    image: Float32,
+    step: int,
+) -> tuple[float, float, float, int]:
+    """Gain, offset, mean square residual over the reference's variance, and pixels: of every so many pixels.
+
+    A weighted line of the frame against the reference; what lies far off it is left out the next time.
+    """
+    gain, offset, square, count = 0.0, 0.0, np.inf, 0
+    for _ in range(6):
+        n, sw, sx, sy, sxx, sxy, total = 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        i, next_one = 0, 0
+        for k in range(runs.shape[0]):
+            y, size = runs[k, 0] - start[0], runs[k, 2] - runs[k, 1]
+            while next_one < i + size:
+                column = runs[k, 1] + next_one - i
+                x = column - start[1]
+                if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1] and mask[y, x] and fields[3, next_one] > 0:
+                    level, value = np.float64(image[runs[k, 0], column]), np.float64(frame[y, x])
+                    weight = np.float64(fields[3, next_one]) ** 2
+                    residual = (value - gain * level - offset) ** 2 * weight
+                    if residual <= 9 * square:
+                        n += 1
+                        sw += weight
+                        sx += weight * level
+                        sy += weight * value
+                        sxx += weight * level * level
+                        sxy += weight * level * value
+                        total += residual
+                next_one += step
+            i += size
+        determinant = sw * sxx - sx * sx
+        if n < 3 or determinant <= 0:
+            break
+        square = total / n if count else np.inf
+        gain, offset, count = (sw * sxy - sx * sy) / determinant, (sxx * sy - sx * sxy) / determinant, n
+    return gain, offset, square, count
+
+
+def refine(
+    frame: npt.NDArray[Any],
+    mask: Mask,
+    seen: Statistics,
+    start: tuple[int, int],
+    template: Template,
+    slack: float = 0.0,
+) -> Estimate | None:
     """Refine a whole-pixel shift.
 
     Parameters
@@ -455,102 +287,140 @@ def refine(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template
         Native byte order, finite where valid.
     mask : ndarray of bool, shape (y, x)
         Valid pixels of the frame.
+    seen : Statistics
+        Of those pixels.
     start : tuple of int
         Whole-pixel shift to apply, right to a few pixels.
     template : Template
         What the reference was prepared to.
+    slack : float
+        Pixels by which the start may be wrong besides.
 
     Returns
     -------
     Estimate or None
         None where the equations have no solution near the start.
     """
-    at, reach = start, _WALK * max(1.0, template.smoothing)
+    values, unit = _in_single(frame, seen)
+    reach = _WALK * max(1.0, template.smoothing) + slack
+    problem = _Problem(values, mask, template)
+    at, known = problem.begin(start)
+    if known is None:
+        return None
     for _ in range(_STARTS):
-        solved = _solve_near(frame, mask, at, template)
-        if solved is None or np.abs(solved.shift - start).max() > reach:
+        solved = problem.solve(at, known)
+        if solved is None or np.abs(at + solved.parameters.shift - start).max() > reach:
             return None
-        fraction = solved.shift - at
-        if np.abs(fraction).max() <= _FARTHEST:
-            return solved
-        at = (at[0] + round(float(fraction[0])), at[1] + round(float(fraction[1])))
+        step, known = np.abs(solved.parameters.shift - known.shift).max(), solved.parameters
+        if np.abs(known.shift).max() <= _FARTHEST and step <= _FAR_STEP:
+            return _estimate(solved, template, at, unit)
+        at, known = _moved(at, known)
     return None
 
 
-def _solve_near(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template: Template) -> Estimate | None:
-    parameters = _first_guess(frame, mask, start, template)
-    if parameters is None:
-        return None
-    seen = -1
-    for _ in range(_PASSES):
-        sums = _pass(frame, mask, start, template.runs, template.fields, template.image, parameters)
-        if sums.used < _FEWEST:
+class _Unit(NamedTuple):
+    """What a frame is measured in: its intensity is ``origin + scale · value``."""
+
+    origin: float
+    scale: float
+
+
+def _in_single(frame: npt.NDArray[Any], seen: Statistics) -> tuple[npt.NDArray[Any], _Unit]:
+    """Return the frame in a dtype that single precision holds, and its unit."""
+    if frame.dtype.str[1:] in _SHORT:
+        return frame, _Unit(0.0, 1.0)
+    unit = _Unit(seen.mean, seen.deviation or 1.0)
+    return _standardized(frame, *unit), unit
+
+
+@numba.njit(nogil=True, cache=True)
+def _standardized(frame: npt.NDArray[Any], origin: float, scale: float) -> Float32:
+    """Return (frame − origin) / scale."""
+    out = np.empty(frame.shape, np.float32)
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            out[y, x] = np.float32((np.float64(frame[y, x]) - origin) / scale)
+    return out
+
+
+def _moved(at: tuple[int, int], known: _Parameters) -> tuple[tuple[int, int], _Parameters]:
+    """Go on from the nearest whole-pixel shift, if the present one is too far off."""
+    if np.abs(known.shift).max() <= _FARTHEST:
+        return at, known
+    whole = np.rint(known.shift)
+    return (at[0] + int(whole[0]), at[1] + int(whole[1])), known._replace(shift=known.shift - whole)
+
+
+class _Solved(NamedTuple):
+    """A solution and what it comes from."""
+
+    parameters: _Parameters
+    jacobian: Image
+    sums: _Sums
+
+
+class _Problem(NamedTuple):
+    """One frame to be laid on one reference."""
+
+    frame: npt.NDArray[Any]
+    mask: Mask
+    template: Template
+
+    def begin(self, start: tuple[int, int]) -> tuple[tuple[int, int], _Parameters | None]:
+        """Solve for a sample of the rows, from a guess; None where too few pixels meet."""
+        sample = self.template.sample
+        step = max(1, sample.pixels // _GUESSED)
+        gain, offset, square, count = _guess(
+            self.frame, self.mask, start, sample.runs, sample.fields, self.template.image, step
+        )
+        if count < min(FEWEST, sample.pixels):
+            return start, None
+        own = max(1.2 * square - gain**2, 0.3 * square)
+        guess = _Parameters(np.zeros(2), max(gain, 1e-12), offset, own)
+        at, known = start, guess
+        for _ in range(_PASSES if sample is not self.template.whole else _PASSES - 1):
+            solved = self._step(sample, at, known)
+            if solved is None:
+                return start, guess
+            step_length = np.abs(solved.parameters.shift - known.shift).max()
+            at, known = _moved(at, solved.parameters)
+            if step_length < _SETTLED:
+                break
+        return at, known
+
+    def solve(self, at: tuple[int, int], known: _Parameters) -> _Solved | None:
+        """Solve for all pixels."""
+        return self._step(self.template.whole, at, known)
+
+    def _step(self, equations: Equations, at: tuple[int, int], known: _Parameters) -> _Solved | None:
+        """Go through the pixels with what is known, and solve with what that gives."""
+        limit = _OUTLIER * np.sqrt(known.own + known.gain**2)
+        skew = self.template.grain * _SKEW
+        skews = skew * known.own / known.gain, skew * known.gain
+        rounded = np.array([known.gain, *(known.gain * known.shift), known.offset, limit, *skews], np.float32)
+        sums = _pass(self.frame, self.mask, at, equations.runs, equations.fields, self.template.image, rounded)
+        if equations.pixels - sums.left < min(FEWEST, equations.pixels // 2 + 1):
             return None
-        solution = _solve(sums, template, parameters[:4])
-        if solution is None:
-            return None
-        values, jacobian = solution
-        step = np.abs(values[:2] - parameters[:2]).max()
-        square = sums.squares / sums.used
-        own = max(square - values[2] ** 2, 0.1 * square, 1e-3 * parameters[4])
-        parameters = np.array([*values, own, template.grain, template.uniform])
-        if np.abs(values[:2]).max() > _FARTHEST:
-            break
-        if step < 1e-3 and abs(sums.outliers - seen) <= 1e-5 * sums.used:
-            break
-        seen = sums.outliers
-    return _estimate(sums, template, parameters, jacobian, start)
+        return _solved(sums, equations, known, rounded.astype(np.float64))
 
 
-def _first_guess(
-    frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], template: Template
-) -> npt.NDArray[np.float64] | None:
-    """Gain, offset and scatter from a sample of pixels, the largest residuals left out."""
-    spread, level, _, _, _ = template.fields
-    rows, columns = _places(template.runs)
-    step = max(1, len(rows) // _SAMPLE)
-    rows, columns = rows[::step] - start[0], columns[::step] - start[1]
-    inside = (rows >= 0) & (rows < frame.shape[0]) & (columns >= 0) & (columns < frame.shape[1])
-    inside[inside] = mask[rows[inside], columns[inside]]
-    if np.count_nonzero(inside) < _FEWEST:
-        return None
-    values = frame[rows[inside], columns[inside]].astype(np.float64)
-    known, root = level[::step][inside].astype(np.float64), 1 / np.sqrt(spread[::step][inside].astype(np.float64))
-    kept = np.ones(len(values), np.bool_)
-    for _ in range(3):
-        design = np.stack([known, np.ones_like(known)], axis=1)[kept] * root[kept, None]
-        (gain, offset), *_ = np.linalg.lstsq(design, values[kept] * root[kept])
-        residual = np.abs(values - gain * known - offset) * root
-        kept = residual <= np.quantile(residual, 0.97)
-    scatter = 1.2 * float(np.mean(residual[kept] ** 2))
-    own = max(scatter - gain**2, 0.3 * scatter)
-    return np.array([0.0, 0.0, max(gain, 1e-12), offset, own, template.grain, template.uniform])
-
-
-def _places(runs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Row and column of every pixel of the runs, in order."""
-    lengths = runs[:, 2] - runs[:, 1]
-    first = np.repeat(runs[:, 1] - np.cumsum(lengths) + lengths, lengths)
-    return np.repeat(runs[:, 0], lengths), first + np.arange(lengths.sum())
-
-
-def _solve(
-    sums: _Sums, template: Template, guess: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], Image] | None:
-    """Newton's method on the four estimating equations; the solution and the Jacobian there.
+def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Image) -> _Solved | None:
+    """Newton's method on the four estimating equations.
 
     A solution farther than the model reaches is left at its border, from where the search goes on.
     """
-    part = sums.used / template.fields.shape[1]
-    model = template.model + template.shared * (1 - part) - sums.model
-    totals = template.totals - sums.totals
-    values = guess.copy()
+    part = 1 - sums.left / equations.pixels
+    model = equations.model + equations.shared * (1 - part)
+    totals = equations.totals - sums.totals
+    data = sums.residual + (equations.linear - sums.linear) @ rounded[:3] + rounded[3] * totals
+    values = np.array([*known.shift, known.gain, known.offset])
     for _ in range(25):
-        expected, along_y, along_x = _interpolate(model, values[:2])
+        whole, left = _interpolate(model, values[:2], REACH), _interpolate(sums.model, values[:2], _NEAR)
+        expected, along_y, along_x = (one - other for one, other in zip(whole, left, strict=True))
         gain, offset = values[2:]
         jacobian = np.stack([gain * along_y, gain * along_x, expected, totals], axis=1)
         try:
-            step = np.linalg.solve(jacobian, sums.data - gain * expected - offset * totals)
+            step = np.linalg.solve(jacobian, data - gain * expected - offset * totals)
         except np.linalg.LinAlgError:
             return None
         values = values + np.array([*np.clip(step[:2], -0.5, 0.5), *step[2:]])
@@ -559,51 +429,53 @@ def _solve(
             return None
         if np.abs(step[:2]).max() < 1e-8:
             break
-    return values, jacobian
+    square = sums.squares / (equations.pixels - sums.left)
+    own = max(square - values[2] ** 2, 0.1 * square, 1e-3 * known.own)
+    return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums)
 
 
-def _interpolate(model: Image, at: npt.NDArray[np.float64]) -> tuple[Image, Image, Image]:
+def _interpolate(model: Image, at: npt.NDArray[np.float64], reach: int) -> tuple[Image, Image, Image]:
     """Value and slopes of the (4, lags, lags) model between its lags, by the polynomial through all of them."""
-    weights_y, slopes_y = _lagrange(float(at[0]))
-    weights_x, slopes_x = _lagrange(float(at[1]))
-    return model @ weights_x @ weights_y, model @ weights_x @ slopes_y, model @ slopes_x @ weights_y
+    (weights_y, slopes_y), (weights_x, slopes_x) = (_lagrange(float(one), reach) for one in at)
+    along_x = model @ np.stack([weights_x, slopes_x], axis=1)
+    return along_x[..., 0] @ weights_y, along_x[..., 0] @ slopes_y, along_x[..., 1] @ weights_y
 
 
-def _lagrange(x: float) -> tuple[Image, Image]:
+def _lagrange(x: float, reach: int) -> tuple[Image, Image]:
     """Weights and their derivatives of the values at the lags in the polynomial through them."""
-    order = np.arange(_SIZE)
+    order = np.arange(2 * reach + 1, dtype=np.float64)
     powers, slopes = x**order, order * x ** np.maximum(order - 1, 0)
-    return powers @ _INVERSE_VANDERMONDE, slopes @ _INVERSE_VANDERMONDE
+    return powers @ _INVERSE_VANDERMONDE[reach], slopes @ _INVERSE_VANDERMONDE[reach]
 
 
-_INVERSE_VANDERMONDE = np.linalg.inv(np.vander(np.array(_LAGS, dtype=np.float64), increasing=True))
+_INVERSE_VANDERMONDE = {
+    reach: np.linalg.inv(np.vander(np.arange(-reach, reach + 1.0), increasing=True)) for reach in (_NEAR, REACH)
+}
 
 
-def _estimate(
-    sums: _Sums, template: Template, parameters: npt.NDArray[np.float64], jacobian: Image, start: tuple[int, int]
-) -> Estimate:
+def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit: _Unit) -> Estimate:
     """Sandwich covariance of the solution, with what the reference's noise adds differently at each fraction."""
-    fraction, gain = parameters[:2], parameters[2]
-    bread = np.linalg.inv(jacobian)
-    part = sums.used / template.fields.shape[1]
-    meat = _frame_scatter(sums.scatter, gain**2 * part * template.products)
+    sums, parameters = solved.sums, solved.parameters
+    fraction, gain = parameters.shift, parameters.gain
+    bread = np.linalg.inv(solved.jacobian)
+    used = template.whole.pixels - sums.left
+    part = used / template.whole.pixels
+    meat = _frame_scatter(sums.scatter, gain**2 * part * template.whole.products)
     meat[:2, :2] += gain**2 * np.einsum("klij,i,j->kl", template.wander, fraction, fraction)
     covariance = bread @ meat @ bread.T
-    deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
-    significance = float(gain / deviations[2]) if deviations[2] > 0 else np.inf
-    outliers = sums.outliers / max(sums.used + sums.outliers, 1)
-    unexplained, scale = sums.neighbours / max(sums.pairs, 1), sums.squares / sums.used
-    explained = gain**2 * template.structure
+    deviation = float(np.sqrt(max(covariance[2, 2], 0)))
+    unexplained, scale = max(sums.neighbours, 0.0) / used, sums.squares / used
+    whole = unexplained + gain**2 * template.structure
     return Estimate(
-        np.array(start) + fraction,
-        covariance[:2, :2],
-        float(gain),
-        float(parameters[3]),
-        float(parameters[4]),
-        significance,
-        outliers,
-        float(unexplained / (unexplained + explained)) if unexplained > 0 else 0.0,
-        float(unexplained / scale * np.sqrt(sums.pairs)) if scale > 0 else 0.0,
+        shift=np.array(start) + fraction,
+        covariance=covariance[:2, :2],
+        gain=gain * unit.scale,
+        offset=parameters.offset * unit.scale + unit.origin,
+        variance=parameters.own * unit.scale**2,
+        significance=gain / deviation if deviation > 0 else np.inf,
+        outliers=sums.outliers / (used + sums.outliers),
+        mismatch=unexplained / whole if whole > 0 else 0.0,
+        mismatch_significance=unexplained / scale * np.sqrt(used) if scale > 0 else 0.0,
     )
 
 

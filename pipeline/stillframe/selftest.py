@@ -15,8 +15,8 @@ import scipy.ndimage
 
 from stillframe.match import match_frames
 from stillframe.ncc import Image
+from stillframe.noise import Noise, smooth
 from stillframe.reference import Reference
-from stillframe.refine import Noise, smooth
 
 _CONTENT_SMOOTHING = 1.0
 

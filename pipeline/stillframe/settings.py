@@ -8,8 +8,8 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
-from stillframe.refine import Weights
 from stillframe.resample import Interpolation
+from stillframe.template import Weights
 
 SETTINGS_VERSION = 1
 

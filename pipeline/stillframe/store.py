@@ -20,9 +20,9 @@ from zarr.codecs import BloscCodec
 import stillframe
 from stillframe.flags import cf_attributes
 from stillframe.match import KERNEL_VERSION
+from stillframe.noise import Noise
 from stillframe.records import Seal, sync_file, sync_folder, write_durably
 from stillframe.reference import Reference
-from stillframe.refine import Noise
 from stillframe.units import Unit
 
 FORMAT_VERSION = 1

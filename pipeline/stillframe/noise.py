@@ -1,0 +1,79 @@
+"""The noise of a picture: how its variance follows its intensity, stated or measured."""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+
+from stillframe.ncc import Image, Mask
+
+_FEWEST = 64
+"""Fewer pixels tell nothing of noise."""
+_FLOOR = 0.05
+"""Variances below this part of their mean are not believed."""
+
+
+class Noise(NamedTuple):
+    """The variance of a picture's pixels: ``gain · (intensity − pedestal)``."""
+
+    gain: float
+    """Variance per unit of intensity; 1 for one frame of counts, 1/n for the mean of n."""
+    pedestal: float
+    """Intensity at which there would be no noise."""
+
+
+def count_limit(variance: Image, count: float, deviations: float) -> Image:
+    """Return the residual that is as rare for noise coming in counts as so many deviations are for normal noise.
+
+    The second term is for the skewness of counts (Cornish and Fisher, 1938).
+    """
+    return np.asarray(deviations * np.sqrt(variance) + count * (deviations**2 - 1) / 6)
+
+
+def smooth(image: Image, mask: Mask, width: float) -> Image:
+    """Return the Gaussian-weighted mean of the valid pixels around each pixel."""
+    total = scipy.ndimage.gaussian_filter(np.where(mask, image, 0.0), width, mode="constant")
+    weight = scipy.ndimage.gaussian_filter(mask.astype(np.float64), width, mode="constant")
+    return np.asarray(np.divide(total, weight, out=np.zeros_like(total), where=weight > 1e-3))
+
+
+def measure_noise(image: Image, mask: Mask) -> Noise:
+    """Measure gain and pedestal from one picture with independent noise: its photon-transfer curve.
+
+    The fourth difference along both axes removes what is smooth and leaves 70² times the noise's variance (after
+    J. Immerkær, CVIU 64(2), 300, 1996, doi 10.1006/cviu.1996.0060); against the local intensity it is a line.
+    """
+    kernel = np.array([1.0, -4.0, 6.0, -4.0, 1.0])
+    residual = scipy.ndimage.correlate1d(np.where(mask, image, 0.0), kernel, axis=0)
+    residual = scipy.ndimage.correlate1d(residual, kernel, axis=1)
+    inner = scipy.ndimage.binary_erosion(mask, np.ones((5, 5)))
+    if np.count_nonzero(inner) < _FEWEST:
+        return Noise(1.0, 0.0)
+    variance, intensity = residual[inner] ** 2 / 70**2, smooth(image, mask, 2.0)[inner]
+    order = np.argsort(intensity, kind="stable")
+    parts = [(intensity[part].mean(), _trimmed_mean(variance[part])) for part in np.array_split(order, 32)]
+    return _line(*np.array(parts).T)
+
+
+def _trimmed_mean(values: Image) -> float:
+    """Mean without what no noise explains, be it of few counts."""
+    return float(values[values <= 100 * values.mean()].mean())
+
+
+def _line(intensity: Image, variance: Image) -> Noise:
+    """Fit variance = gain · (intensity − pedestal), each point weighted by its own scatter."""
+    weight = 1 / np.maximum(variance, 0.1 * variance.mean() + 1e-300)
+    design = np.stack([intensity, np.ones_like(intensity)], axis=1) * weight[:, None]
+    (gain, constant), *_ = np.linalg.lstsq(design, variance * weight)
+    spread = intensity.max() - intensity.min()
+    if gain * spread <= 0.2 * variance.mean():
+        return Noise(0.0, float(-variance.mean()))
+    return Noise(float(gain), float(min(-constant / gain, intensity.min())))
+
+
+def variance_of(soft: Image, mask: Mask, noise: Noise) -> Image:
+    """Return the variance of each pixel of a picture whose smoothed intensity is given."""
+    if noise.gain <= 0:
+        return np.full_like(soft, max(-noise.pedestal, 1e-300))
+    above = np.maximum(soft - noise.pedestal, 0)
+    return noise.gain * np.maximum(above, max(_FLOOR * float(above[mask].mean()), 1e-300))
