@@ -128,7 +128,7 @@ class TestIteratedReference:
         both = clean.mask & other.mask
         assert np.corrcoef(clean.image[both], other.image[both])[0, 1] > 0.999
 
-    @pytest.mark.parametrize("count", [2, 3, 16])
+    @pytest.mark.parametrize("count", [3, 5, 16])
     def test_of_frames_that_drifted_far_is_sharp(self, count):
         shifts = np.random.default_rng(3).integers(-20, 21, (24, 2))
         frames, mask = windows((128, 128), shifts, seed=2, counts=0.3), blocked((128, 128))

@@ -38,7 +38,7 @@ class Flag(IntFlag):
 FLAG_DTYPE = np.dtype("uint16")
 
 UNUSABLE = Flag.DARK | Flag.CORRUPT | Flag.SATURATED | Flag.LOW_SCORE | Flag.AMBIGUOUS_PEAK | Flag.AT_EDGE
-"""A frame with one of these has a NaN shift."""
+"""A frame with one of these has a NaN shift, unless it is at the edge and was found in the wider search."""
 
 
 def cf_attributes() -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The image of a reference: one frame, a mean, or the mean of frames that were laid on one another again and again."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,16 +10,19 @@ import numpy.typing as npt
 
 from stillframe.average import AT_ONCE, Read, chosen_frames, mean_image, one_frame
 from stillframe.checks import native
-from stillframe.match import match_frames
+from stillframe.hits import find_hits
+from stillframe.match import judge, match_frames
 from stillframe.ncc import Image, Mask
-from stillframe.noise import Noise, count_limit, smooth, variance_of
-from stillframe.reference import Reference
+from stillframe.noise import Noise, count_limit, measure_noise, smooth, variance_of
+from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
 from stillframe.resample import resample_frames
 from stillframe.search import statistics
 
 _STILL = 0.1
 """Shifts that change by less than this part of their error have arrived."""
+_ENOUGH = 0.8
+"""Part of the usable frames that must lie on a first reference for no other to be tried."""
 _SURELY_OUT = 5.0
 """Deviations beyond which a pixel does not enter the mean."""
 _MISMATCH = 0.1
@@ -49,6 +52,9 @@ def build_reference(
     chosen = [indices[place] for place in chosen_frames(use, len(indices))]
     if use is not None and not isinstance(use, slice):
         return Reference(one_frame(read, chosen), mask, history=f"frame {chosen[0]}", **options)
+    if len(chosen) == 2 and iterations:
+        # Two frames laid on each other share too much of their noise to tell how much it is.
+        chosen = chosen[:1]
     image, used = mean_image(read, chosen, mask, options.get("saturation"))
     first = Reference(image, mask, history=f"mean of {used} of {len(chosen)} frames as they are", **options)
     # The mean is laid by fractions of a pixel even where the frames of the run are not.
@@ -80,54 +86,62 @@ def iterated_reference(read: Read, indices: Sequence[int], reference: Reference,
     """
     if iterations == 0 or len(indices) < 2:
         return reference
-    halves = [indices[0::2], indices[1::2]]
-    for begin in (_from_means, _from_one_frame):
-        guides = begin(read, halves, reference)
-        made = _rounds(read, halves, guides, iterations) if guides else None
-        if made:
-            return made
-    warnings.warn(
-        f"the {len(indices)} frames of the reference cannot be laid on one another: each holds too little of a "
-        "pattern. Their plain mean is used, which is smeared by their drift; average more frames, or choose others.",
-        stacklevel=2,
-    )
-    return reference
+    usable = [index for index in indices if _is_usable(read, index, reference)]
+    guide, found = _best_start(read, usable, reference)
+    if guide is None or len(found) < 2:
+        warnings.warn(
+            f"the {len(indices)} frames of the reference cannot be laid on one another: each holds too little of a "
+            "pattern. Their plain mean is used, smeared by their drift; average more frames, or choose others.",
+            stacklevel=2,
+        )
+        return reference
+    # Frames of either half: those that were found first, so that neither half is empty of them.
+    order = [*found, *(index for index in usable if index not in set(found))]
+    return _rounds(read, [order[0::2], order[1::2]], guide, iterations, len(indices))
 
 
-def _from_means(read: Read, halves: Sequence[Sequence[int]], reference: Reference) -> "list[Reference] | None":
-    """Begin with the means of the halves as they are."""
-    means = [_mean_of_usable(read, half, reference) for half in halves]
-    known = [mean for mean in means if mean is not None]
-    return _guides(known) if len(known) == len(means) else None
+def _is_usable(read: Read, index: int, reference: Reference) -> bool:
+    frames = read([index])
+    if not len(frames):
+        return False
+    frame, mask = native(frames[0], "a frame", 2), reference.frame_mask
+    seen = statistics(frame, mask, saturation_limit(frame.dtype, reference.saturation))
+    return not judge(seen, int(np.count_nonzero(mask)), reference.contrast)
 
 
-def _from_one_frame(read: Read, halves: Sequence[Sequence[int]], reference: Reference) -> "list[Reference] | None":
-    """Begin with the first usable frame, which no drift smears."""
-    for index in (index for half in halves for index in half):
-        mean = _mean_of_usable(read, [index], reference)
-        if mean is not None:
-            return [mean, mean]
-    return None
+def _best_start(read: Read, usable: Sequence[int], reference: Reference) -> tuple[Reference | None, list[int]]:
+    """Return what most frames can be laid on, one of them or their mean, and which these are.
 
-
-def _mean_of_usable(read: Read, indices: Sequence[int], reference: Reference) -> Reference | None:
-    try:
-        image, _ = mean_image(read, indices, reference.frame_mask, reference.saturation)
-        return replace(reference, image=image)
-    except ValueError:  # no usable frame, or no contrast
-        return None
-
-
-def _rounds(
-    read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], iterations: int
-) -> Reference | None:
-    """Register and average until nothing moves; None where no frame can be laid on the first guides."""
-    asked = sum(map(len, halves))
-    made, before = None, np.zeros(())
-    for number in range(1, iterations + 1):
-        if any(guide.template is None for guide in guides):
+    One frame comes first: no drift smears it, and no jump leaves a second picture in it.
+    """
+    best: tuple[Reference | None, list[int]] = (None, [])
+    for guide in _starts(read, usable, reference):
+        found = [index for index in usable if _is_found(read, index, guide)] if guide.template else []
+        if len(found) > len(best[1]):
+            best = guide, found
+        if len(found) >= _ENOUGH * len(usable):
             break
-        piles = [_pile_up(read, half, guide, made is not None) for half, guide in zip(halves, guides, strict=True)]
+    return best
+
+
+def _starts(read: Read, usable: Sequence[int], reference: Reference) -> Iterator[Reference]:
+    """Yield a few of the frames, then their mean as they are."""
+    for index in dict.fromkeys(usable[place * (len(usable) - 1) // 2] for place in (1, 0, 2) if usable):
+        yield replace(reference, image=read([index])[0])
+    yield reference
+
+
+def _is_found(read: Read, index: int, guide: Reference) -> bool:
+    return bool(np.isfinite(match_frames(read([index]), guide)["dy"][0]))
+
+
+def _rounds(read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int) -> Reference:
+    """Register and average until nothing moves."""
+    guides, made, before = [guide, guide], guide, np.zeros(())
+    for number in range(1, iterations + 1):
+        if any(one.template is None for one in guides):
+            break
+        piles = [_pile_up(read, half, one, number > 1) for half, one in zip(halves, guides, strict=True)]
         if any(pile.used == 0 for pile in piles):
             break
         whole = _joined(piles)
@@ -235,8 +249,10 @@ class _Pile:
 
     def _explained(self, frame: npt.NDArray[Any], estimate: Estimate) -> Mask:
         """Valid pixels of the frame that the reference, moved to it, can have given."""
+        mask = self.reference.frame_mask
         if self.model is None or self.reference.template is None:
-            return self.reference.frame_mask
+            image = frame.astype(np.float64)
+            return np.asarray(mask & ~find_hits(image, mask, measure_noise(image, mask)))
         everywhere = np.ones(self.reference.shape, np.bool_)
         back = np.stack([-estimate.shift] * 2)
         expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
@@ -244,7 +260,7 @@ class _Pile:
         count = self.reference.template.grain * estimate.variance / estimate.gain
         scatter = (estimate.variance + estimate.gain**2) * np.maximum(variance, 0)
         limit = count_limit(scatter, count, _SURELY_OUT) + _MISMATCH * np.abs(expected)
-        return np.asarray(self.reference.frame_mask & ~(np.abs(frame - expected) > limit))
+        return np.asarray(mask & ~(np.abs(frame - expected) > limit))
 
     def mean(self) -> Reference:
         """Return the mean as a reference, with its noise."""

@@ -3,7 +3,7 @@
 It knows nothing of files, chunks or clusters; every driver calls :func:`match_frames` on plain NumPy arrays.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import scipy.special
 from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
-from stillframe.peak import Peak
+from stillframe.peak import ROUNDING, Peak
 from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
 from stillframe.search import Statistics, statistics
@@ -44,8 +44,13 @@ _ALIKE = 0.8
 """A reference that scores more than this with itself at another shift may hop there."""
 _MISMATCHED = 0.3
 """A frame with more than this part of its structure unexplained, beyond any noise, shows something else."""
-_ROUNDING = 1e-5
-"""Scores are not known better than this, however little noise there is."""
+
+_BRILLIANT = 3.0
+"""A pixel that stands out by so many times more than any of the reference's may be no part of the pattern."""
+_QUANTILES = (0.5, 0.97)
+"""By these, intensities of a frame are compared with the reference's, whatever strikes a few of its pixels."""
+_FARTHEST = 0.5
+"""A refined shift may lie so far outside the window, pixels."""
 
 Matches = npt.NDArray[np.void]
 
@@ -122,11 +127,47 @@ def _frame_masks(masks: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDA
 
 def _match(frame: npt.NDArray[Any], reference: Reference, mask: Mask | None) -> tuple[float, ...]:
     valid = reference.frame_mask if mask is None else mask
-    seen = statistics(frame, valid, saturation_limit(frame.dtype, reference.saturation))
-    unusable = judge(seen, int(np.count_nonzero(valid)), reference.contrast)
+    limit = saturation_limit(frame.dtype, reference.saturation)
+    seen = statistics(frame, valid, limit)
+    pixels = int(np.count_nonzero(valid))
+    if seen.not_finite or not pixels:
+        return no_match(Flag.CORRUPT)
+    tamed, seen_tamed = _tame(frame, seen, valid, reference)
+    unusable = judge(seen_tamed._replace(saturated=seen.saturated), pixels, reference.contrast)
     if unusable:
-        return no_match(unusable, np.nan if Flag.CORRUPT in unusable else seen.mean)
-    return _search_and_refine(frame, seen, reference, mask)
+        return no_match(unusable, seen.mean)
+    fitted = valid & (frame < limit) if seen.saturated else valid
+    return _search_and_refine(_Frame(frame, fitted, tamed, seen_tamed, mask, seen.mean), reference)
+
+
+class _Frame(NamedTuple):
+    """One frame on its way to a shift."""
+
+    pixels: npt.NDArray[Any]
+    valid: Mask
+    """Pixels that may be fitted."""
+    tamed: npt.NDArray[Any]
+    """The pixels without hits that would outweigh all others in a correlation."""
+    seen: Statistics
+    """Of the tamed pixels."""
+    mask: Mask | None
+    """Its own mask, if it has one."""
+    intensity: float
+
+
+def _tame(
+    frame: npt.NDArray[Any], seen: Statistics, valid: Mask, reference: Reference
+) -> tuple[npt.NDArray[Any], Statistics]:
+    """Cut what is far brighter than anything in the reference can be in this frame."""
+    top = reference.brightest - reference.usual
+    if seen.largest - seen.mean <= _BRILLIANT * top + 10 * seen.deviation:
+        return frame, seen
+    low, high = np.quantile(frame[valid], _QUANTILES)
+    ceiling = low + (high - low) * (2 * top / max(reference.upper - reference.usual, 1e-300) + 8)
+    if not ceiling < seen.largest:
+        return frame, seen
+    tamed = np.minimum(frame, np.asarray(np.ceil(ceiling)).astype(frame.dtype))
+    return tamed, statistics(tamed, valid, np.inf)
 
 
 def no_match(flag: Flag, intensity: float = np.nan) -> tuple[float, ...]:
@@ -148,21 +189,19 @@ def judge(seen: Statistics, valid: int, contrast: float) -> Flag:
     return Flag(0)
 
 
-def _search_and_refine(
-    frame: npt.NDArray[Any], seen: Statistics, reference: Reference, mask: Mask | None
-) -> tuple[float, ...]:
+def _search_and_refine(frame: _Frame, reference: Reference) -> tuple[float, ...]:
     """Find the whole-pixel shift, in a wider window if it lies at the edge of the first, and refine it."""
-    peak = reference.find_peak(frame, seen, mask)
+    peak = reference.find_peak(frame.tamed, frame.seen, frame.mask)
     if peak is None:
-        return no_match(Flag.LOW_SCORE, seen.mean)
+        return no_match(Flag.LOW_SCORE, frame.intensity)
     if not peak.at_edge:
-        return _refined(frame, peak, reference, mask, seen)
+        return _refined(frame, peak, reference)
     if peak.score < least_score(peak.pixels, peak.lags):
-        return _given_up(peak, reference, seen.mean)
-    farther = reference.find_farther_peak(frame, seen, mask)
+        return _given_up(peak, reference, frame.intensity)
+    farther = reference.find_farther_peak(frame.tamed, frame.seen, frame.mask)
     if farther is None or farther.at_edge:
-        return _given_up(farther or peak, reference, seen.mean)
-    return _refined(frame, farther, reference, mask, seen, int(Flag.AT_EDGE))
+        return _given_up(farther or peak, reference, frame.intensity)
+    return _refined(frame, farther, reference, int(Flag.AT_EDGE))
 
 
 def _unmatched(reference: Reference, intensity: float) -> Flag:
@@ -179,26 +218,18 @@ def _given_up(peak: Peak, reference: Reference, intensity: float) -> tuple[float
     return _record(peak, reference, intensity, flag)
 
 
-def _refined(
-    frame: npt.NDArray[Any],
-    peak: Peak,
-    reference: Reference,
-    mask: Mask | None,
-    seen: Statistics,
-    known: int = 0,
-) -> tuple[float, ...]:
+def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) -> tuple[float, ...]:
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
-        return _whole(peak, reference, seen.mean, known)
-    valid = reference.frame_mask if mask is None else mask
-    estimate = refine(frame, valid, seen, peak.shift, reference.template)
+        return _whole(peak, reference, frame.intensity, known)
+    estimate = refine(frame.pixels, frame.valid, frame.seen, peak.shift, reference.template)
     if estimate is None or _no_match(estimate, peak.lags):
-        return _record(peak, reference, seen.mean, _unmatched(reference, seen.mean))
+        return _record(peak, reference, frame.intensity, _unmatched(reference, frame.intensity))
     if _ambiguous(peak, reference):
-        return _record(peak, reference, seen.mean, Flag.AMBIGUOUS_PEAK)
-    if np.abs(estimate.shift).max() > peak.reach + 1:
-        return _record(peak, reference, seen.mean, Flag.AT_EDGE)
-    return _record(peak, reference, seen.mean, Flag(known), estimate.shift, estimate.covariance)
+        return _record(peak, reference, frame.intensity, Flag.AMBIGUOUS_PEAK)
+    if np.abs(estimate.shift).max() > peak.reach + _FARTHEST:
+        return _record(peak, reference, frame.intensity, Flag.AT_EDGE)
+    return _record(peak, reference, frame.intensity, Flag(known), estimate.shift, estimate.covariance)
 
 
 def _whole(peak: Peak, reference: Reference, intensity: float, known: int) -> tuple[float, ...]:
@@ -227,10 +258,9 @@ def _ambiguous(peak: Peak, reference: Reference) -> bool:
     That can be only where the reference resembles itself at another shift, as a lattice does: any other second peak
     is noise. Then the second peak decides: scores of n pixels scatter by (1 − score²) n^-½.
     """
-    if not reference.self_similarity > _ALIKE:
-        return False
+    alike = reference.self_similarity if peak.reach <= reference.max_shift else reference.wider_self_similarity
     scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
-    return bool(peak.smooth_score - peak.second_score < max(_DECISIVE * np.sqrt(2) * scatter, _ROUNDING))
+    return alike > _ALIKE and peak.lead < max(_DECISIVE * np.sqrt(2) * scatter, ROUNDING)
 
 
 def _record(
@@ -241,7 +271,7 @@ def _record(
     shift: Image | None = None,
     covariance: Image | None = None,
 ) -> tuple[float, ...]:
-    part = peak.pixels / np.count_nonzero(reference.mask)
+    part = peak.pixels / np.count_nonzero(reference.trusted)
     rest = (peak.score, peak.second_score, part, intensity, int(flag))
     if shift is None or covariance is None or flag & ~Flag.AT_EDGE:
         return (*(np.nan,) * 5, *rest)

@@ -9,6 +9,8 @@ from stillframe.ncc import Image, Mask
 
 _FEWEST = 64
 """Fewer pixels tell nothing of noise."""
+_USUAL = 0.8
+"""Part of the pixels that nothing has struck, even around a hit."""
 _FLOOR = 0.05
 """Variances below this part of their mean are not believed."""
 
@@ -57,7 +59,9 @@ def measure_noise(image: Image, mask: Mask) -> Noise:
 
 def _trimmed_mean(values: Image) -> float:
     """Mean without what no noise explains, be it of few counts."""
-    return float(values[values <= 100 * values.mean()].mean())
+    usual = np.partition(values, int(_USUAL * len(values)))[: int(_USUAL * len(values))].mean()
+    limit = 1000 * usual if usual > 0 else 100 * values.mean()
+    return float(values[values <= limit].mean())
 
 
 def _line(intensity: Image, variance: Image) -> Noise:

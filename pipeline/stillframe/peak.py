@@ -7,6 +7,8 @@ import scipy.ndimage
 
 from stillframe.ncc import Image
 
+ROUNDING = 1e-5
+"""Scores are not known better than this, however little noise there is."""
 _SECOND_PEAK_DISTANCE = 3
 """A second peak lies at least this many pixels from the first, along one axis."""
 
@@ -16,8 +18,9 @@ class Peak(NamedTuple):
 
     shift: tuple[int, int]
     score: float
-    smooth_score: float
     second_score: float
+    lead: float
+    """By how much the peak is higher than the second one after smoothing."""
     pixels: float
     reach: int
     """Half width of the window that was searched, pixels."""
@@ -56,12 +59,12 @@ def find_peak(ncc: Image, overlap: Image, margin: int, smoothing: float) -> Peak
         return None
     radius = len(scores) // 2
     row, column = (int(place) for place in np.unravel_index(np.nanargmax(scores), scores.shape))
-    near = raw[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+    second = _second_peak(scores, row, column)
     return Peak(
         shift=(row - radius, column - radius),
-        score=float(np.nanmax(near)),
-        smooth_score=float(scores[row, column]),
-        second_score=_second_score(scores, row, column),
+        score=_highest_near(raw, row, column),
+        second_score=np.nan if second is None else _highest_near(raw, *second),
+        lead=np.inf if second is None else float(scores[row, column] - scores[second]),
         pixels=float(overlap[wanted, wanted][row, column]),
         reach=radius,
     )
@@ -77,11 +80,18 @@ def _smoothed(ncc: Image, width: float) -> Image:
     return np.where(valid, total / np.maximum(weight, 1e-3), np.nan)
 
 
-def _second_score(scores: Image, row: int, column: int) -> float:
-    """Highest local maximum away from the peak; NaN where there is none."""
+def _highest_near(scores: Image, row: int, column: int) -> float:
+    """Highest score at a lag or beside it."""
+    return float(np.nanmax(scores[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]))
+
+
+def _second_peak(scores: Image, row: int, column: int) -> tuple[int, int] | None:
+    """Highest local maximum away from the peak; along a ridge, any point is one."""
     known = np.where(np.isnan(scores), -np.inf, scores)
     peaks = known == scipy.ndimage.maximum_filter(known, size=3, mode="constant", cval=-np.inf)
+    peaks |= known > known[row, column] - ROUNDING
     reach = _SECOND_PEAK_DISTANCE
     peaks[max(0, row - reach + 1) : row + reach, max(0, column - reach + 1) : column + reach] = False
-    others = known[peaks & np.isfinite(known)]
-    return float(others.max()) if others.size else np.nan
+    others = np.where(peaks, known, -np.inf)
+    place = np.unravel_index(np.argmax(others), others.shape)
+    return (int(place[0]), int(place[1])) if np.isfinite(others[place]) else None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.checks import as_mask, native
+from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
@@ -139,7 +140,7 @@ class Reference:
         return self._search_within(reach) if reach > self.max_shift > 0 else None
 
     def _search_within(self, reach: int) -> Search:
-        return Search(self.image, self.mask, self.frame_mask, reach + self._margin(reach), self.overlap_ratio)
+        return Search(self.image, self.trusted, self.frame_mask, reach + self._margin(reach), self.overlap_ratio)
 
     def _margin(self, reach: int) -> int:
         """Lags beyond the reach that smoothed scores need."""
@@ -169,14 +170,35 @@ class Reference:
 
     @cached_property
     def self_similarity(self) -> float:
-        """The highest score of the reference with itself at another shift, its noise discounted."""
-        image = np.where(self.mask, self.image, 0).astype(np.float64)
-        seen = statistics(image, self.mask, np.inf)
-        peak = self.find_peak(image, seen, self.mask)
+        """The highest score of the reference with itself at another shift, its noise discounted.
+
+        Two shifts that are searched may differ by twice the reach, and so far is looked.
+        """
+        return self._resemblance(2 * self.max_shift)
+
+    @cached_property
+    def wider_self_similarity(self) -> float:
+        """The same for the wider search."""
+        return self._resemblance(4 * self.max_shift)
+
+    def _resemblance(self, wish: int) -> float:
+        reach = min(wish, min(self.shape) - 1)
+        image = np.where(self.trusted, self.image, 0).astype(np.float64)
+        seen = statistics(image, self.trusted, np.inf)
+        search = Search(image, self.trusted, self.trusted, reach + self._margin(reach), self.overlap_ratio)
+        peak = self._peak(search.surface(image, seen), reach)
         gain, pedestal = self.known_noise
         noise = gain * (seen.mean - pedestal) if gain > 0 else -pedestal
         structure = max(1 - noise / seen.deviation**2, 0.05)
         return float(np.nan_to_num(peak.second_score) / structure) if peak else 0.0
+
+    @cached_property
+    def trusted(self) -> Mask:
+        """Valid pixels of the image that are neither saturated nor hit by something that is no pattern."""
+        below = self.mask & ~(self.image >= saturation_limit(self.image.dtype, self.saturation))
+        good = below & ~find_hits(self.image.astype(np.float64), below, self.known_noise)
+        seen = statistics(self.image, good, np.inf)
+        return good if seen.smallest < seen.largest else self.mask
 
     @cached_property
     def template(self) -> Template | None:
@@ -184,10 +206,10 @@ class Reference:
         if not self.subpixel:
             return None
         gain, pedestal = self.known_noise
-        level = statistics(self.image, self.mask, np.inf).mean
-        centred = np.where(self.mask, self.image.astype(np.float64) - level, 0)
+        level = statistics(self.image, self.trusted, np.inf).mean
+        centred = np.where(self.trusted, self.image.astype(np.float64) - level, 0)
         above = Noise(gain, pedestal - level if gain > 0 else pedestal)
-        return prepare_template(centred, self.mask, above, self.weights, self.smoothing, level=level)
+        return prepare_template(centred, self.trusted, above, self.weights, self.smoothing, level=level)
 
     @cached_property
     def known_noise(self) -> Noise:
@@ -201,8 +223,28 @@ class Reference:
 
     @cached_property
     def contrast(self) -> float:
-        """Standard deviation of the valid pixels, in the image's unit."""
-        return statistics(self.image, self.mask, np.inf).deviation
+        """Standard deviation of the trusted pixels, in the image's unit."""
+        return statistics(self.image, self.trusted, np.inf).deviation
+
+    @cached_property
+    def _levels(self) -> tuple[float, float, float]:
+        low, high, top = np.quantile(self.image[self.trusted].astype(np.float64), (0.5, 0.97, 1.0))
+        return float(low), float(high), float(top)
+
+    @property
+    def usual(self) -> float:
+        """Median of the trusted pixels."""
+        return self._levels[0]
+
+    @property
+    def upper(self) -> float:
+        """What three of a hundred trusted pixels exceed."""
+        return self._levels[1]
+
+    @property
+    def brightest(self) -> float:
+        """The brightest trusted pixel."""
+        return self._levels[2]
 
     @cached_property
     def digest(self) -> str:

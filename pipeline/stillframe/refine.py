@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from stillframe.ncc import Image, Mask
 from stillframe.search import Float32, Statistics
-from stillframe.template import FEWEST, REACH, Equations, Runs, Template, add_model
+from stillframe.template import APART, FEWEST, REACH, Equations, Runs, Template, add_model
 
 _NEAR = 3
 """Lags at which the model of pixels that are left out is known, on either side."""
@@ -92,7 +92,7 @@ class _Sums(NamedTuple):
     squares: float
     """Σ r² over the reference's variance."""
     neighbours: float
-    """Σ r r' of neighbours along x, each over the reference's standard deviation."""
+    """Σ r r' of pixels APART along both axes, each over the reference's standard deviation."""
     model: Image
     """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
     totals: Image
@@ -131,11 +131,11 @@ def _residuals(
 def _add(
     residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, sums: npt.NDArray[np.float64]
 ) -> None:
-    """Add what one run gives: Σ T_k r, the upper triangle of Σ T_k T_l r², Σ r², Σ r r'."""
+    """Add what one run gives: Σ T_k r, the upper triangle of Σ T_k T_l r², Σ r²."""
     zero = np.float32(0)
     s0, s1, s2, s3 = zero, zero, zero, zero
     s00, s01, s02, s03, s11, s12, s13, s22, s23, s33 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    squares, neighbours = zero, zero
+    squares = zero
     for i in range(len(residuals)):
         value = residuals[i]
         a3 = pull[i] * value
@@ -155,11 +155,18 @@ def _add(
         s23 += a2 * a3
         s33 += a3 * a3
         squares += value * value
-    for i in range(1, len(residuals)):
-        neighbours += residuals[i] * residuals[i - 1]
-    found = (s0, s1, s2, s3, s00, s01, s02, s03, s11, s12, s13, s22, s23, s33, squares, neighbours)
+    found = (s0, s1, s2, s3, s00, s01, s02, s03, s11, s12, s13, s22, s23, s33, squares)
     for k in range(len(found)):
         sums[k] += np.float64(found[k])
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _product(one: Float32, other: Float32) -> float:
+    """Sum of the products."""
+    total = np.float32(0)
+    for i in range(len(one)):
+        total += one[i] * other[i]
+    return np.float64(total)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -193,7 +200,9 @@ def _pass(
     model = np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
     height, width = frame.shape
     slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[-1]
-    residuals, kept = np.empty(image.shape[1], np.float32), np.empty(image.shape[1], np.uint8)
+    kept = np.empty(image.shape[1], np.uint8)
+    # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
+    recent, rows = np.zeros((APART + 1, image.shape[1] + APART), np.float32), np.full(APART + 1, -1)
     left, outliers, i = 0, 0, 0
     for k in range(runs.shape[0]):
         row, y = runs[k, 0], runs[k, 0] - start[0]
@@ -203,14 +212,20 @@ def _pass(
             first, stop = begin, begin
         kept[: end - begin] = 0
         if first < stop:
-            a, b, size = i + first - begin, i + stop - begin, stop - first
+            a, b = i + first - begin, i + stop - begin
             valid = mask[y, first - start[1] : stop - start[1]]
             values = frame[y, first - start[1] : stop - start[1]]
-            found, good = residuals[:size], kept[first - begin : stop - begin]
+            place, above = row % (APART + 1), (row - APART) % (APART + 1)
+            if rows[place] != row:
+                recent[place] = 0
+                rows[place] = row
+            found, good = recent[place, first + APART : stop + APART], kept[first - begin : stop - begin]
             _residuals(
                 values, valid, image[row, first:stop], slope_y[a:b], slope_x[a:b], inverse[a:b], parameters, found, good
             )
             _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], sums)
+            if rows[above] == row - APART:
+                sums[15] += _product(found, recent[above, first:stop])
         for j in range(end - begin):
             if not kept[j] and inverse[i + j] > 0:
                 column = begin + j

@@ -21,6 +21,8 @@ Runs = npt.NDArray[np.int64]
 REACH = 3
 """Lags at which the model is known, on either side."""
 SIZE = 2 * REACH + 1
+APART = 3
+"""Pixels so far apart along both axes share no noise, but structure."""
 FEWEST = 64
 """Fewer pixels give no shift."""
 _SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -82,7 +84,8 @@ class Template:
     common: Image
     """Covariance (2, 2), px², of the offset that the reference's own noise gives to all frames alike."""
     structure: float
-    """Mean product of neighbours along x of the support, each less the mean and over its standard deviation."""
+    """Mean product of pixels of the support that lie APART along both axes, each less the mean and over its standard
+    deviation."""
 
 
 def prepare_template(
@@ -245,12 +248,12 @@ def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
 
 
 def _structure(image: Image, scatter: Image, support: Mask) -> float:
-    """Mean product of neighbours along x, to which noise that is independent from pixel to pixel adds nothing."""
+    """Mean product of pixels a little apart, to which noise adds nothing: not that of pixels, rows or columns."""
     inverse = 1 / scatter[support]
     level = float(image[support] @ inverse / inverse.sum())
     known = np.where(support, (image - level) / np.sqrt(np.where(support, scatter, 1)), 0)
-    pairs = np.count_nonzero(support[:, 1:] & support[:, :-1])
-    return float((known[:, 1:] * known[:, :-1]).sum() / max(pairs, 1))
+    pairs = np.count_nonzero(support[APART:, APART:] & support[:-APART, :-APART])
+    return float((known[APART:, APART:] * known[:-APART, :-APART]).sum() / max(pairs, 1))
 
 
 @numba.njit(nogil=True, cache=True)
