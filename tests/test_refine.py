@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.average import frames_of_kind
@@ -79,6 +80,42 @@ def test_spikes_that_no_mask_names_do_little_harm():
     assert (error.std(axis=0) < 1.35 * draw.bound()).all()
 
 
+@pytest.mark.parametrize("value", [2000, 20000, 65534])
+@pytest.mark.parametrize("spoilt", ["reference", "frames", "both"])
+def test_a_hit_or_hot_pixel_that_no_mask_names_is_no_landmark(value, spoilt):
+    draw = Draw(dose=20.0)
+    frames, shifts = draw.frames(30)
+    fixed = np.random.default_rng(9).poisson(draw.expected((0, 0))).astype(np.uint16)
+    if spoilt != "frames":
+        fixed[100, 40:42] = value
+    if spoilt != "reference":
+        frames[:, 100, 40:42] = value
+    error, sigma = errors(match_frames(frames, Reference(fixed, draw.mask, max_shift=8)), shifts)
+    assert (error / sigma).std() < 1.35
+    assert sigma.max() < 0.05
+
+
+@pytest.mark.parametrize("width", [0.5, 0.7])
+def test_noise_that_neighbours_share_is_no_other_pattern_and_counts_in_sigma(width):
+    """Behind a point-spread function sigma would be 2.3 and 2.9 times too small if pixels counted as independent."""
+    rng = np.random.default_rng(0)
+    shifts = np.concatenate([np.zeros((64, 2)), rng.uniform(-4, 4, (60, 2))])
+    counts = np.stack([rng.poisson(evaluate("rings", (256, 256), shift)) for shift in shifts]).astype(float)
+    seen = scipy.ndimage.gaussian_filter(counts, (0, width, width))
+    error, sigma = errors(match_frames(seen[64:], Reference(seen[:64].mean(axis=0), max_shift=8)), shifts[64:])
+    assert 0.75 < (error / sigma).std() < 1.7
+
+
+def test_saturated_pixels_are_not_fitted():
+    draw = Draw()
+    frames, shifts = draw.frames(60)
+    clipped = np.minimum(frames, 95)
+    fixed = np.minimum(np.random.default_rng(9).poisson(draw.expected((0, 0))), 95)
+    reference = Reference(fixed, draw.mask, max_shift=8, saturation=95)
+    error, sigma = errors(match_frames(clipped, reference), shifts)
+    assert (error / sigma).std() < 1.3
+
+
 def test_masks_of_single_frames_are_refined_alike():
     draw = Draw()
     frames, shifts = draw.frames(40)
@@ -151,6 +188,40 @@ class TestIteratedReference:
             reference = make_reference(noise, iterations=3, max_shift=8)
         assert reference.history == "mean of 16 of 16 frames as they are"
 
+    @pytest.mark.parametrize("jump", [(-13.7, 14.2), (-11.2, 13.3), (20.0, 5.0)])
+    @pytest.mark.parametrize("pattern", ["rings", "spots"])
+    def test_a_jump_leaves_no_second_picture(self, jump, pattern):
+        draw = Draw(pattern, dose=40.0)
+        shifts = np.array([(0.0, 0.0)] * 8 + [jump] * 8)
+        frames = np.stack([np.random.default_rng(i).poisson(draw.expected(s)) for i, s in enumerate(shifts)])
+        reference = make_reference(frames, draw.mask, iterations=3)
+        assert np.abs(errors(match_frames(frames, reference), shifts)[0]).max() < 0.15
+
+    @pytest.mark.parametrize("bad", [0.05, 15.0])
+    def test_every_second_frame_may_be_unusable(self, bad):
+        draw = Draw(dose=40.0)
+        frames, shifts = draw.frames(16, reach=5.0)
+        frames[1::2] = np.random.default_rng(0).poisson(bad, frames[1::2].shape)
+        reference = make_reference(frames, draw.mask, iterations=4, max_shift=12)
+        assert reference.history.startswith("mean of 8 of 16 frames, laid on one another")
+        assert np.abs(errors(match_frames(frames[::2], reference), shifts[::2])[0]).max() < 0.1
+
+    @pytest.mark.parametrize("hit", [2000, 65534])
+    def test_hits_in_its_frames_spoil_nothing(self, hit):
+        draw = Draw(dose=60.0)
+        frames, shifts = draw.frames(16)
+        clean = frames.copy()
+        for index, frame in enumerate(frames):
+            frame[20 + 7 * index, 30:32] = hit
+        reference = make_reference(frames, draw.mask, iterations=4, max_shift=16)
+        assert (errors(match_frames(clean, reference), shifts)[0].std(axis=0) < 0.03).all()
+        assert (errors(match_frames(frames, reference), shifts)[0].std(axis=0) < 0.03).all()
+
+    def test_of_two_frames_is_one_of_them(self):
+        draw = Draw()
+        frames, _ = draw.frames(2)
+        assert make_reference(frames, draw.mask, iterations=3).history == "mean of 1 of 1 frames as they are"
+
     def test_is_the_same_every_time(self):
         draw = Draw()
         stack, _ = draw.frames(12)
@@ -197,6 +268,20 @@ class TestFlags:
         assert (matches["flag"] == Flag.AMBIGUOUS_PEAK).all()
         assert np.isnan(matches["dy"]).all()
         assert (matches["second_score"] > 0.9 * matches["score"]).all()
+
+    @pytest.mark.parametrize("shift", [(11.3, 4.0), (13, -2), (12.5, 12.5)])
+    def test_a_lattice_with_a_period_larger_than_the_search_does_not_hop(self, shift):
+        """Two shifts within the search may differ by twice its reach."""
+        y, x = np.mgrid[:256, :256]
+
+        def lattice(dy, dx):
+            return 40 * (np.cos(np.pi * (y + dy) / 24) * np.cos(np.pi * (x + dx) / 24)) ** 8 + 4
+
+        rng = np.random.default_rng(0)
+        reference = Reference(rng.poisson(lattice(0, 0)), max_shift=16)
+        matches = match_frames(rng.poisson(np.broadcast_to(lattice(*shift), (5, 256, 256))), reference)
+        assert (matches["flag"] == Flag.AMBIGUOUS_PEAK).all()
+        assert not match_frames(rng.poisson(lattice(3, 2))[None], reference)["flag"].any()
 
     def test_a_crystal_that_ends_is_found(self):
         draw = Draw("spots")

@@ -110,18 +110,34 @@ def _is_usable(read: Read, index: int, reference: Reference) -> bool:
 
 
 def _best_start(read: Read, usable: Sequence[int], reference: Reference) -> tuple[Reference | None, list[int]]:
-    """Return what most frames can be laid on, one of them or their mean, and which these are.
+    """Return a frame in the midst of those that can be laid on one another, or their mean, and which these are.
 
-    One frame comes first: no drift smears it, and no jump leaves a second picture in it.
+    Single frames come first: no drift smears them, and no jump leaves a second picture in them.
     """
-    best: tuple[Reference | None, list[int]] = (None, [])
+    best: tuple[Reference | None, dict[int, Image]] = (None, {})
     for guide in _starts(read, usable, reference):
-        found = [index for index in usable if _is_found(read, index, guide)] if guide.template else []
+        found = _found(read, usable, guide) if guide.template else {}
         if len(found) > len(best[1]):
             best = guide, found
         if len(found) >= _ENOUGH * len(usable):
             break
-    return best
+    best_guide, found = best
+    if best_guide is None or best_guide is reference:
+        return best_guide, list(found)
+    return replace(reference, image=read([_midmost(found)])[0]), list(found)
+
+
+def _found(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Image]:
+    """Return the frames that can be laid on the guide, with their shifts."""
+    matches = {index: match_frames(read([index]), guide)[0] for index in usable}
+    return {index: np.array([match["dy"], match["dx"]]) for index, match in matches.items() if np.isfinite(match["dy"])}
+
+
+def _midmost(found: dict[int, Image]) -> int:
+    """Return the frame whose shift is nearest to the median of all."""
+    shifts = np.array(list(found.values()))
+    distance = np.abs(shifts - np.median(shifts, axis=0)).sum(axis=1)
+    return list(found)[int(np.argmin(distance))]
 
 
 def _starts(read: Read, usable: Sequence[int], reference: Reference) -> Iterator[Reference]:
@@ -129,10 +145,6 @@ def _starts(read: Read, usable: Sequence[int], reference: Reference) -> Iterator
     for index in dict.fromkeys(usable[place * (len(usable) - 1) // 2] for place in (1, 0, 2) if usable):
         yield replace(reference, image=read([index])[0])
     yield reference
-
-
-def _is_found(read: Read, index: int, guide: Reference) -> bool:
-    return bool(np.isfinite(match_frames(read([index]), guide)["dy"][0]))
 
 
 def _rounds(read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int) -> Reference:

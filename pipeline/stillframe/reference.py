@@ -196,7 +196,7 @@ class Reference:
     def trusted(self) -> Mask:
         """Valid pixels of the image that are neither saturated nor hit by something that is no pattern."""
         below = self.mask & ~(self.image >= saturation_limit(self.image.dtype, self.saturation))
-        good = below & ~find_hits(self.image.astype(np.float64), below, self.known_noise)
+        good = below & ~find_hits(self.image.astype(np.float64), below, self._noise_with_hits)
         seen = statistics(self.image, good, np.inf)
         return good if seen.smallest < seen.largest else self.mask
 
@@ -214,6 +214,13 @@ class Reference:
     @cached_property
     def known_noise(self) -> Noise:
         """The noise that was stated, or else measured."""
+        if self.noise or np.count_nonzero(self.trusted) == np.count_nonzero(self.mask):
+            return self._noise_with_hits
+        return measure_noise(self.image.astype(np.float64), self.trusted)
+
+    @cached_property
+    def _noise_with_hits(self) -> Noise:
+        """The same while hits are not known yet."""
         return self.noise or measure_noise(self.image.astype(np.float64), self.mask)
 
     def prepare(self) -> None:

@@ -42,6 +42,10 @@ _SETTLED = 0.02
 """Steps below this, in pixels, end the work on the sample."""
 _FAR_STEP = 0.25
 """A step over all pixels that is longer than this is followed by another."""
+_NEIGHBOURS_EVERY = 4
+"""One in so many rows tells what neighbouring pixels share."""
+_NEAR_LAGS = 12
+"""Distances of up to two pixels along both axes, one direction each."""
 _GUESSED = 20_000
 """Pixels that the first guess looks at."""
 _SHORT = ("i1", "u1", "i2", "u2")
@@ -91,8 +95,12 @@ class _Sums(NamedTuple):
     """Σ T_k T_l r², (4, 4)."""
     squares: float
     """Σ r² over the reference's variance."""
-    neighbours: float
+    apart: float
     """Σ r r' of pixels APART along both axes, each over the reference's standard deviation."""
+    near: float
+    """The same of neighbours, of some rows: for all distances of up to two pixels, one direction each."""
+    pairs: int
+    """How many pixels of those rows there are."""
     model: Image
     """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
     totals: Image
@@ -170,6 +178,17 @@ def _product(one: Float32, other: Float32) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
+def _near_products(recent: Float32, row: int, first: int, stop: int) -> float:
+    """Sum of the products of a row with itself and the two before it, at distances of up to two pixels."""
+    here = recent[row % (APART + 1), first:stop]
+    total = 0.0
+    for dy in range(3):
+        for dx in range(-2 if dy else 1, 3):
+            total += _product(here, recent[(row - dy) % (APART + 1), first - dx : stop - dx])
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
 def _leave_out(
     fields: Float32, image: Float32, row: int, column: int, model: Image, totals: Image, linear: Image
 ) -> None:
@@ -202,8 +221,8 @@ def _pass(
     slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[-1]
     kept = np.empty(image.shape[1], np.uint8)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
-    recent, rows = np.zeros((APART + 1, image.shape[1] + APART), np.float32), np.full(APART + 1, -1)
-    left, outliers, i = 0, 0, 0
+    recent, rows = np.zeros((APART + 1, image.shape[1] + 2 * APART), np.float32), np.full(APART + 1, -1)
+    left, outliers, i, near, pairs = 0, 0, 0, 0.0, 0
     for k in range(runs.shape[0]):
         row, y = runs[k, 0], runs[k, 0] - start[0]
         begin, end = runs[k, 1], runs[k, 2]
@@ -226,6 +245,9 @@ def _pass(
             _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], sums)
             if rows[above] == row - APART:
                 sums[15] += _product(found, recent[above, first:stop])
+                if row % _NEIGHBOURS_EVERY == 0:
+                    near += _near_products(recent, row, first + APART, stop + APART)
+                    pairs += stop - first
         for j in range(end - begin):
             if not kept[j] and inverse[i + j] > 0:
                 column = begin + j
@@ -238,7 +260,7 @@ def _pass(
         for b in range(a, 4):
             scatter[a, b] = scatter[b, a] = sums[n]
             n += 1
-    return _Sums(sums[:4], scatter, sums[14], sums[15], model, totals, linear, left, outliers)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], near, pairs, model, totals, linear, left, outliers)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -477,9 +499,9 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
     part = used / template.whole.pixels
     meat = _frame_scatter(sums.scatter, gain**2 * part * template.whole.products)
     meat[:2, :2] += gain**2 * np.einsum("klij,i,j->kl", template.wander, fraction, fraction)
-    covariance = bread @ meat @ bread.T
+    covariance = bread @ meat @ bread.T * _inflation(sums, used)
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
-    unexplained, scale = max(sums.neighbours, 0.0) / used, sums.squares / used
+    unexplained, scale = max(sums.apart, 0.0) / used, sums.squares / used
     whole = unexplained + gain**2 * template.structure
     return Estimate(
         shift=np.array(start) + fraction,
@@ -492,6 +514,19 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
         mismatch=unexplained / whole if whole > 0 else 0.0,
         mismatch_significance=unexplained / scale * np.sqrt(used) if scale > 0 else 0.0,
     )
+
+
+def _inflation(sums: _Sums, used: int) -> float:
+    """By what the variance is larger because neighbours share noise, as behind a point-spread function.
+
+    For templates that change little over the reach of the noise it is the sum of its autocorrelation. What pixels
+    farther apart have in common is structure, not noise.
+    """
+    square = sums.squares / used
+    if not sums.pairs or square <= 0:
+        return 1.0
+    excess = 2 * (sums.near / sums.pairs - _NEAR_LAGS * max(sums.apart, 0.0) / used) / square
+    return float(1 + excess) if excess > 4 * 2 * np.sqrt(_NEAR_LAGS / sums.pairs) else 1.0
 
 
 def _frame_scatter(scatter: Image, reference: Image) -> Image:
