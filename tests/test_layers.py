@@ -10,11 +10,14 @@ import stillframe
 NUMERIC = (
     "average",
     "checks",
+    "coarse",
     "errors",
     "flags",
+    "hits",
     "iterate",
     "match",
     "ncc",
+    "noise",
     "peak",
     "reference",
     "resample",
@@ -23,6 +26,7 @@ NUMERIC = (
     "search",
     "selftest",
     "settings",
+    "template",
     "units",
 )
 HEAVY = {"dask", "distributed", "xarray", "zarr"}

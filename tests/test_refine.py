@@ -134,6 +134,15 @@ def test_gain_and_pedestal_of_the_detector_are_measured(dtype):
     assert pedestal == pytest.approx(40, abs=10)
 
 
+@pytest.mark.parametrize("gain", [1.0, 2.5])
+@pytest.mark.parametrize("dose", [0.005, 0.1, 0.5, 2.0, 5.0, 20.0])
+def test_gain_and_pedestal_are_measured_however_few_counts_there_are(dose, gain):
+    counts = np.random.default_rng(0).poisson(dose * evaluate("spots", (512, 512), (0, 0)))
+    noise = measure_noise(gain * counts + 100.0, np.ones((512, 512), bool))
+    assert noise.gain == pytest.approx(gain, rel=0.05)
+    assert noise.pedestal == pytest.approx(100, abs=0.2 * gain)
+
+
 def test_smoothing_looks_at_valid_pixels_only():
     mask = np.ones((20, 20), bool)
     mask[8:12, 8:12] = False

@@ -16,7 +16,7 @@ _SURELY = 8.0
 """Standard deviations above its surroundings."""
 _SPREAD = 0.1
 """Of a spot, at least three pixels stand out by this part of the highest."""
-_MOST = 0.01
+_MOST = 0.03
 """More isolated pixels than this are a texture."""
 _AROUND = 2
 """Half width of the surroundings, pixels."""

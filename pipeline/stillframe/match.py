@@ -12,7 +12,7 @@ import scipy.special
 from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
-from stillframe.peak import ROUNDING, Peak
+from stillframe.peak import DECISIVE, ROUNDING, Peak
 from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
 from stillframe.search import Statistics, statistics
@@ -38,8 +38,6 @@ _SATURATED_PART = 0.05
 """A frame with more than this part of its valid pixels at the limit has lost its peaks."""
 _FALSE_ALARM = 1e-6
 """Chance per frame that pure noise passes as a match."""
-_DECISIVE = 5.5
-"""A second peak that is lower by this many standard deviations is out of the question."""
 _ALIKE = 0.8
 """A reference that scores more than this with itself at another shift may hop there."""
 _MISMATCHED = 0.3
@@ -229,7 +227,17 @@ def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) ->
         return _record(peak, reference, frame.intensity, Flag.AMBIGUOUS_PEAK)
     if np.abs(estimate.shift).max() > peak.reach + _FARTHEST:
         return _record(peak, reference, frame.intensity, Flag.AT_EDGE)
-    return _record(peak, reference, frame.intensity, Flag(known), estimate.shift, estimate.covariance)
+    return _record(_at(peak, estimate.shift, frame, reference), reference, frame.intensity, Flag(known), *estimate[:2])
+
+
+def _at(peak: Peak, shift: Image, frame: _Frame, reference: Reference) -> Peak:
+    """Return the peak with the score at the whole-pixel shift nearest to the refined one."""
+    nearest = round(float(shift[0])), round(float(shift[1]))
+    if nearest == peak.shift and reference.coarse and frame.mask is None:
+        return peak
+    valid = reference.frame_mask if frame.mask is None else frame.mask
+    score, pixels = reference.score_at(nearest, frame.tamed, frame.seen, valid)
+    return peak._replace(score=score, pixels=float(pixels))
 
 
 def _whole(peak: Peak, reference: Reference, intensity: float, known: int) -> tuple[float, ...]:
@@ -258,9 +266,11 @@ def _ambiguous(peak: Peak, reference: Reference) -> bool:
     That can be only where the reference resembles itself at another shift, as a lattice does: any other second peak
     is noise. Then the second peak decides: scores of n pixels scatter by (1 − score²) n^-½.
     """
-    alike = reference.self_similarity if peak.reach <= reference.max_shift else reference.wider_self_similarity
     scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
-    return alike > _ALIKE and peak.lead < max(_DECISIVE * np.sqrt(2) * scatter, ROUNDING)
+    if peak.lead >= max(DECISIVE * np.sqrt(2) * scatter, ROUNDING):
+        return False
+    alike = reference.self_similarity if peak.reach <= reference.max_shift else reference.wider_self_similarity
+    return alike > _ALIKE
 
 
 def _record(

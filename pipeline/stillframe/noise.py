@@ -11,6 +11,8 @@ _FEWEST = 64
 """Fewer pixels tell nothing of noise."""
 _USUAL = 0.8
 """Part of the pixels that nothing has struck, even around a hit."""
+_FEW_COUNTS = 3.0
+"""With fewer counts per pixel some pixels have none, which shows the pedestal, and no line can be fitted."""
 _FLOOR = 0.05
 """Variances below this part of their mean are not believed."""
 
@@ -51,15 +53,38 @@ def measure_noise(image: Image, mask: Mask) -> Noise:
     inner = scipy.ndimage.binary_erosion(mask, np.ones((5, 5)))
     if np.count_nonzero(inner) < _FEWEST:
         return Noise(1.0, 0.0)
-    variance, intensity = residual[inner] ** 2 / 70**2, smooth(image, mask, 2.0)[inner]
+    variance = residual[inner] ** 2 / 70**2
+    lowest = float(image[inner].min())
+    few = _noise_of_few_counts(variance, image[inner] - lowest)
+    if few is not None:
+        return Noise(few, lowest)
+    intensity = smooth(image, mask, 2.0)[inner]
     order = np.argsort(intensity, kind="stable")
     parts = [(intensity[part].mean(), _trimmed_mean(variance[part])) for part in np.array_split(order, 32)]
     return _line(*np.array(parts).T)
 
 
+def _noise_of_few_counts(variance: Image, above: Image) -> float | None:
+    """Return variance over intensity where many pixels have no count, which shows the pedestal; None elsewhere."""
+    counted = above[above > 0]
+    if not counted.size:
+        return None
+    # Ten counts in a pixel that usually has few are no noise.
+    kept = variance <= max(1000 * _usual_mean(variance), 30 * float(counted.min()) ** 2)
+    mean = float(above[kept].mean())
+    gain = float(variance[kept].mean()) / mean if mean > 0 else 0.0
+    return gain if 0 < mean < _FEW_COUNTS * gain else None
+
+
+def _usual_mean(values: Image) -> float:
+    """Mean of what nothing has struck, even around a hit."""
+    count = max(1, int(_USUAL * len(values)))
+    return float(np.partition(values, count - 1)[:count].mean())
+
+
 def _trimmed_mean(values: Image) -> float:
-    """Mean without what no noise explains, be it of few counts."""
-    usual = np.partition(values, int(_USUAL * len(values)))[: int(_USUAL * len(values))].mean()
+    """Mean without what no noise explains."""
+    usual = _usual_mean(values)
     limit = 1000 * usual if usual > 0 else 100 * values.mean()
     return float(values[values <= limit].mean())
 

@@ -9,6 +9,8 @@ from stillframe.ncc import Image
 
 ROUNDING = 1e-5
 """Scores are not known better than this, however little noise there is."""
+DECISIVE = 5.5
+"""A second peak that is lower by this many standard deviations is out of the question."""
 _SECOND_PEAK_DISTANCE = 3
 """A second peak lies at least this many pixels from the first, along one axis."""
 
@@ -29,6 +31,13 @@ class Peak(NamedTuple):
     def lags(self) -> int:
         """Shifts that were tried."""
         return (2 * self.reach + 1) ** 2
+
+    def at(self, shift: tuple[int, int], score: float, pixels: int, reach: int) -> "Peak":
+        """Return the same peak seen pixel by pixel; what was lower in bins is so by the same part."""
+        part = score / self.score
+        return self._replace(
+            shift=shift, score=score, second_score=self.second_score * part, pixels=float(pixels), reach=reach
+        )
 
     @property
     def at_edge(self) -> bool:

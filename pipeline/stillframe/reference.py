@@ -5,20 +5,26 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from stillframe.checks import as_mask, native
+from stillframe.coarse import CoarseSearch, bin_factor
 from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
-from stillframe.peak import Peak, find_peak
-from stillframe.search import Search, Statistics, statistics
+from stillframe.peak import DECISIVE, Peak, find_peak
+from stillframe.search import Search, Statistics, score_at, statistics
 from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
+_LEAST_SMOOTHING = 0.5
+"""Less does nothing to a surface."""
+_STEPS = 6
+"""How far a peak in bins may be wrong, pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +159,67 @@ class Reference:
         return min(width, _MOST_SMOOTHING) if width > 1 else 0.0
 
     def find_peak(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> Peak | None:
-        """Return the highest masked NCC of a frame within the search; None where it is nowhere defined."""
-        return self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
+        """Return the highest masked NCC of a frame within the search; None where it is nowhere defined.
+
+        It is looked for in bins first; where these leave a doubt, pixel by pixel.
+        """
+        near = self.coarse.find(frame, seen) if self.coarse and frame_mask is None else None
+        found = near and self._confirmed(near, frame, seen)
+        return found or self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
+
+    def _confirmed(self, near: Peak, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
+        """Return the peak pixel by pixel that one in bins stands for; None where it does not."""
+        if self.template is None:
+            return self._climb(near, frame, seen)
+        score, pixels = self.score_at(near.shift, frame, seen, self.frame_mask)
+        return near.at(near.shift, score, pixels, self.max_shift)
+
+    def _climb(self, near: Peak, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
+        """Go uphill to the highest of nine neighbours; None where noise could decide between them."""
+        at = near.shift
+        for _ in range(_STEPS):
+            places = [(at[0] + y, at[1] + x) for y, x in product((0, -1, 1), repeat=2)]
+            scores = [self.score_at(place, frame, seen, self.frame_mask) for place in places]
+            best = int(np.nanargmax([score for score, _ in scores]))
+            if max(map(abs, places[best])) >= self.max_shift:
+                return None
+            if best == 0:
+                score, pixels = scores[0]
+                edge = np.mean([scores[k][0] for k in (4, 5, 7, 8)])
+                decided = score - edge > DECISIVE * (1 - score**2) / np.sqrt(max(pixels, 1))
+                return near.at(at, score, pixels, self.max_shift) if decided else None
+            at = places[best]
+        return None
+
+    def score_at(
+        self, shift: tuple[int, int], frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask
+    ) -> tuple[float, int]:
+        """Return the masked NCC at one whole-pixel shift, and the pixels valid in both."""
+        scale = 1 / (seen.deviation or 1.0)
+        return score_at(frame, frame_mask, self._standardized, self.trusted, shift, seen.mean, scale)
+
+    @cached_property
+    def _standardized(self) -> npt.NDArray[np.float32]:
+        seen = statistics(self.image, self.trusted, np.inf)
+        centred = (self.image.astype(np.float64) - seen.mean) / (seen.deviation or 1.0)
+        return np.where(self.trusted, centred, 0).astype(np.float32)
+
+    @cached_property
+    def coarse(self) -> CoarseSearch | None:
+        """The same search in bins; None where pictures are small."""
+        factor = bin_factor(self.shape, self.max_shift)
+        if factor == 1:
+            return None
+        smoothing = self.search_smoothing / factor
+        return CoarseSearch(
+            self.image,
+            self.trusted,
+            self.frame_mask,
+            self.max_shift,
+            self.overlap_ratio,
+            factor,
+            smoothing if smoothing > _LEAST_SMOOTHING else 0.0,
+        )
 
     def find_farther_peak(
         self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None
@@ -225,8 +290,11 @@ class Reference:
 
     def prepare(self) -> None:
         """Compute now what every frame needs, so that threads find it ready."""
-        self.search.prepare()
-        _ = self.template, self.contrast
+        if self.coarse:
+            self.coarse.prepare()
+        else:
+            self.search.prepare()
+        _ = self.template, self.contrast, self._levels, self._standardized
 
     @cached_property
     def contrast(self) -> float:

@@ -32,7 +32,7 @@ _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
 _SKEW = (_OUTLIER**2 - 1) / 6
 """The correction, in units of one count (Cornish and Fisher, 1938)."""
-_FARTHEST = 0.75
+_FARTHEST = 0.55
 """Fractions beyond this mean that the whole-pixel start was wrong by one; the solution is started again there."""
 _WALK = 1.5
 """A solution farther from the peak than this, in pixels and in widths of the templates, belongs to something else."""
@@ -42,6 +42,8 @@ _SETTLED = 0.02
 """Steps below this, in pixels, end the work on the sample."""
 _FAR_STEP = 0.25
 """A step over all pixels that is longer than this is followed by another."""
+_USUAL = 0.97
+"""Part of the pixels that the first guess keeps."""
 _NEIGHBOURS_EVERY = 4
 """One in so many rows tells what neighbouring pixels share."""
 _NEAR_LAGS = 12
@@ -264,7 +266,7 @@ def _pass(
 
 
 @numba.njit(nogil=True, cache=True)
-def _guess(
+def _sampled(
     frame: npt.NDArray[Any],
     mask: Mask,
     start: tuple[int, int],
@@ -272,40 +274,34 @@ def _guess(
     fields: Float32,
     image: Float32,
     step: int,
-) -> tuple[float, float, float, int]:
-    """Gain, offset, mean square residual over the reference's variance, and pixels: of every so many pixels.
+) -> npt.NDArray[np.float64]:
+    """Reference, frame and weight of every so many pixels that meet, (3, pixels)."""
+    out, n, i, next_one = np.empty((3, fields.shape[1] // step + 1)), 0, 0, 0
+    for k in range(runs.shape[0]):
+        y, size = runs[k, 0] - start[0], runs[k, 2] - runs[k, 1]
+        while next_one < i + size:
+            column = runs[k, 1] + next_one - i
+            x, inverse = column - start[1], np.float64(fields[3, next_one])
+            if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1] and mask[y, x] and inverse > 0:
+                out[0, n], out[1, n], out[2, n] = image[runs[k, 0], column], frame[y, x], inverse
+                n += 1
+            next_one += step
+        i += size
+    return out[:, :n]
 
-    A weighted line of the frame against the reference; what lies far off it is left out the next time.
-    """
-    gain, offset, square, count = 0.0, 0.0, np.inf, 0
-    for _ in range(6):
-        n, sw, sx, sy, sxx, sxy, total = 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        i, next_one = 0, 0
-        for k in range(runs.shape[0]):
-            y, size = runs[k, 0] - start[0], runs[k, 2] - runs[k, 1]
-            while next_one < i + size:
-                column = runs[k, 1] + next_one - i
-                x = column - start[1]
-                if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1] and mask[y, x] and fields[3, next_one] > 0:
-                    level, value = np.float64(image[runs[k, 0], column]), np.float64(frame[y, x])
-                    weight = np.float64(fields[3, next_one]) ** 2
-                    residual = (value - gain * level - offset) ** 2 * weight
-                    if residual <= 9 * square:
-                        n += 1
-                        sw += weight
-                        sx += weight * level
-                        sy += weight * value
-                        sxx += weight * level * level
-                        sxy += weight * level * value
-                        total += residual
-                next_one += step
-            i += size
-        determinant = sw * sxx - sx * sx
-        if n < 3 or determinant <= 0:
-            break
-        square = total / n if count else np.inf
-        gain, offset, count = (sw * sxy - sx * sy) / determinant, (sxx * sy - sx * sxy) / determinant, n
-    return gain, offset, square, count
+
+def _guess(sample: Image) -> _Parameters:
+    """Gain, offset and scatter from a few pixels, the largest residuals left out."""
+    known, values, inverse = sample
+    kept = np.ones(len(values), np.bool_)
+    for _ in range(3):
+        design = np.stack([known, np.ones_like(known)])[:, kept] * inverse[kept]
+        gain, offset = np.linalg.lstsq(design @ design.T, design @ (values[kept] * inverse[kept]))[0]
+        residual = np.abs(values - gain * known - offset) * inverse
+        kept = residual <= np.quantile(residual, _USUAL)
+    square = float(np.mean(residual[kept] ** 2))
+    own = max(1.2 * square - gain**2, 0.3 * square)
+    return _Parameters(np.zeros(2), max(float(gain), 1e-12), float(offset), float(own))
 
 
 def refine(
@@ -407,13 +403,10 @@ class _Problem(NamedTuple):
         """Solve for a sample of the rows, from a guess; None where too few pixels meet."""
         sample = self.template.sample
         step = max(1, sample.pixels // _GUESSED)
-        gain, offset, square, count = _guess(
-            self.frame, self.mask, start, sample.runs, sample.fields, self.template.image, step
-        )
-        if count < min(FEWEST, sample.pixels):
+        few = _sampled(self.frame, self.mask, start, sample.runs, sample.fields, self.template.image, step)
+        if few.shape[1] < min(FEWEST, sample.pixels):
             return start, None
-        own = max(1.2 * square - gain**2, 0.3 * square)
-        guess = _Parameters(np.zeros(2), max(gain, 1e-12), offset, own)
+        guess = _guess(few)
         at, known = start, guess
         for _ in range(_PASSES if sample is not self.template.whole else _PASSES - 1):
             solved = self._step(sample, at, known)

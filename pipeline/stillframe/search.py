@@ -35,6 +35,8 @@ _MOST_RUNS = 8192
 """Beyond this many runs of invalid pixels two more correlations cost less than going through them."""
 
 
+_LARGEST = np.finfo(np.float64).max
+"""What is larger is not finite."""
 _LARGEST_IMBALANCE = 400.0
 """Single precision gives scores to about 3e-7 times the root of this."""
 
@@ -50,33 +52,166 @@ class Statistics(NamedTuple):
     saturated: int
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _row_statistics(
+    values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
+) -> tuple[float, float, float, float, int, int, int]:
+    """Sum and sum of squares less a pivot, range, and how many are valid, not finite, at the limit."""
+    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
+    count, not_finite, saturated = 0, 0, 0
+    for x in range(len(values)):
+        value = np.float64(values[x])
+        seen, known = valid[x], abs(value) <= _LARGEST
+        good = seen & known
+        above = value - pivot if good else 0.0
+        total += above
+        squares += above * above
+        smallest = min(smallest, value if good else np.inf)
+        largest = max(largest, value if good else -np.inf)
+        count += good
+        not_finite += seen & (not known)
+        saturated += good & (value >= limit)
+    return total, squares, smallest, largest, count, not_finite, saturated
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+def _short_row_statistics(
+    values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
+) -> tuple[float, float, float, float, int, int, int]:
+    """The same of integers of up to two bytes, which single precision holds."""
+    least, most = np.int32(2**31 - 1), np.int32(-(2**31))
+    total, count, saturated, squares = np.int32(0), np.int32(0), np.int32(0), np.float32(0)
+    base, full = np.int32(pivot), np.int32(min(np.ceil(limit), 2.0**31 - 1))
+    for x in range(len(values)):
+        value, good = np.int32(values[x]), valid[x]
+        above = value - base if good else np.int32(0)
+        total += above
+        squares += np.float32(above) * np.float32(above)
+        least = min(least, value if good else np.int32(2**31 - 1))
+        most = max(most, value if good else np.int32(-(2**31)))
+        count += np.int32(good)
+        saturated += np.int32(good & (value >= full))
+    low, high = (float(least), float(most)) if count else (np.inf, -np.inf)
+    return float(total), float(squares), low, high, int(count), 0, int(saturated)
+
+
 def statistics(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
     """Mean, standard deviation and range of the valid pixels, how many are not finite or reach the limit."""
-    total, squares, count, not_finite, saturated = 0.0, 0.0, 0, 0, 0
-    pivot = np.nan
-    smallest, largest = np.inf, -np.inf
+    if frame.dtype.kind in "iu" and frame.dtype.itemsize <= 2:
+        return _statistics_of_short(frame, mask, limit)
+    return _statistics(frame, mask, limit)
+
+
+@numba.njit(nogil=True, cache=True)
+def _statistics(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
+    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
+    count, not_finite, saturated = 0, 0, 0
+    pivot = _first_valid(frame, mask)
     for y in range(frame.shape[0]):
-        row_total, row_squares = 0.0, 0.0
-        for x in range(frame.shape[1]):
-            if mask[y, x]:
-                value = np.float64(frame[y, x])
-                if not np.isfinite(value):
-                    not_finite += 1
-                    continue
-                if count == 0:
-                    pivot = value
-                row_total += value - pivot
-                row_squares += (value - pivot) ** 2
-                count += 1
-                saturated += int(value >= limit)
-                smallest = min(smallest, value)
-                largest = max(largest, value)
-        total += row_total
-        squares += row_squares
+        a, b, low, high, n, odd, full = _row_statistics(frame[y], mask[y], pivot, limit)
+        total, squares, smallest, largest = total + a, squares + b, min(smallest, low), max(largest, high)
+        count, not_finite, saturated = count + n, not_finite + odd, saturated + full
+    return _summary(pivot, total, squares, smallest, largest, count, not_finite, saturated)
+
+
+@numba.njit(nogil=True, cache=True)
+def _statistics_of_short(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
+    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
+    count, saturated = 0, 0
+    pivot = _first_valid(frame, mask)
+    pivot = pivot if pivot == pivot else 0.0
+    for y in range(frame.shape[0]):
+        a, b, low, high, n, _, full = _short_row_statistics(frame[y], mask[y], pivot, limit)
+        total, squares, smallest, largest = total + a, squares + b, min(smallest, low), max(largest, high)
+        count, saturated = count + n, saturated + full
+    return _summary(pivot, total, squares, smallest, largest, count, 0, saturated)
+
+
+@numba.njit(nogil=True, cache=True)
+def _summary(
+    pivot: float,
+    total: float,
+    squares: float,
+    smallest: float,
+    largest: float,
+    count: int,
+    not_finite: int,
+    saturated: int,
+) -> Statistics:
     mean = total / max(count, 1)
     deviation = np.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
     return Statistics(pivot + mean, deviation, smallest, largest, not_finite, saturated)
+
+
+@numba.njit(nogil=True, cache=True)
+def _first_valid(frame: npt.NDArray[Any], mask: Mask) -> float:
+    """The first valid pixel that is finite; NaN without one."""
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            if mask[y, x] and abs(np.float64(frame[y, x])) <= _LARGEST:
+                return np.float64(frame[y, x])
+    return np.nan
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _row_sums(
+    values: npt.NDArray[Any],
+    valid: npt.NDArray[np.bool_],
+    fixed: Float32,
+    known: npt.NDArray[np.bool_],
+    origin: float,
+    scale: float,
+) -> tuple[int, float, float, float, float, float]:
+    """Pixels valid in both rows, Σ r, Σ r², Σ f, Σ f², Σ r f over them."""
+    count, zero = 0, np.float32(0)
+    r, rr, f, ff, rf = zero, zero, zero, zero, zero
+    for x in range(len(values)):
+        both = valid[x] & known[x]
+        value = np.float32((np.float64(values[x]) - origin) * scale) if both else zero
+        other = fixed[x] if both else zero
+        count += both
+        r += other
+        rr += other * other
+        f += value
+        ff += value * value
+        rf += other * value
+    return count, np.float64(r), np.float64(rr), np.float64(f), np.float64(ff), np.float64(rf)
+
+
+@numba.njit(nogil=True, cache=True)
+def score_at(
+    frame: npt.NDArray[Any],
+    mask: Mask,
+    fixed: Float32,
+    fixed_mask: Mask,
+    shift: tuple[int, int],
+    origin: float,
+    scale: float,
+) -> tuple[float, int]:
+    """Masked NCC at one shift (y, x) applied to the frame, and the pixels valid in both; NaN without contrast.
+
+    ``fixed`` is the reference less its mean over its standard deviation; so is (frame − origin) · scale.
+    """
+    height, width = frame.shape
+    first, last = max(0, -shift[1]), min(width, width - shift[1])
+    count, r, rr, f, ff, rf = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for y in range(max(0, -shift[0]), min(height, height - shift[0])):
+        if first >= last:
+            break
+        row, begin, end = y + shift[0], first + shift[1], last + shift[1]
+        a, b, c, d, e, g = _row_sums(
+            frame[y, first:last],
+            mask[y, first:last],
+            fixed[row, begin:end],
+            fixed_mask[row, begin:end],
+            origin,
+            scale,
+        )
+        count, r, rr, f, ff, rf = count + a, r + b, rr + c, f + d, ff + e, rf + g
+    if count < 2:
+        return np.nan, count
+    product = (rr - r * r / count) * (ff - f * f / count)
+    return (rf - r * f / count) / np.sqrt(product) if product > 0 else np.nan, count
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

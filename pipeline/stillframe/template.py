@@ -31,6 +31,8 @@ _KEPT_INFORMATION = 0.995
 """Part of the Fisher information that the support keeps."""
 _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
+_PARTS = 0.05
+"""How many of the frames may be part of the reference."""
 _SAMPLED = 100_000
 """Pixels that suffice to begin with."""
 _GAP = 64
@@ -145,7 +147,10 @@ class _Draft:
         )
 
     def promise(self) -> float:
-        """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails."""
+        """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails.
+
+        Some frames may be part of the reference: their own noise in the slopes draws them to a fraction of a pixel.
+        """
         if np.count_nonzero(self.support) < FEWEST:
             return np.inf
         templates = (self.weight * self.slopes)[:, self.support]
@@ -156,7 +161,8 @@ class _Draft:
             return np.inf
         variance = (templates * self.scatter[self.support]) @ templates.T
         inverse = np.linalg.inv(jacobian)
-        return float(np.trace(inverse @ variance @ inverse.T))
+        drawn = np.abs(np.diag(shared)) / np.diag(jacobian)
+        return float(np.trace(inverse @ variance @ inverse.T) + _PARTS * np.sum(drawn**2) / 12)
 
     def shared_noise(self, pixels: Mask) -> Image:
         """Expectation of Σ T_k(p) η(p + lag) over some pixels, (4, lags, lags).

@@ -1,0 +1,128 @@
+"""Find the neighbourhood of the best shift on binned pictures, where the search costs a tenth.
+
+Bins add up counts, so little of what tells shifts apart by more than a few pixels is lost. Whether the answer is
+beyond doubt is seen from the scores: their noise is known, and so is by how much the second peak is lower.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.ncc import Mask
+from stillframe.peak import DECISIVE, Peak, find_peak
+from stillframe.search import Float32, Search, Statistics, statistics
+
+_FEWEST_BINS = 128
+"""Along the shorter axis; smaller pictures are searched as they are."""
+_FACTORS = (4, 2)
+"""Pixels of a bin along either axis."""
+_FULL = 0.5
+"""A bin with less than this part of its pixels is not looked at."""
+
+
+def bin_factor(shape: tuple[int, int], max_shift: int) -> int:
+    """Return the bins' side, pixels; 1 where binning does not pay."""
+    return next((factor for factor in _FACTORS if min(shape) >= _FEWEST_BINS * factor and max_shift >= factor), 1)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], origin: float, sums: Float32, counts: Any) -> None:
+    """Add a row to the sums and counts of its columns."""
+    for x in range(len(sums)):
+        sums[x] += np.float32(np.float64(values[x]) - origin) if valid[x] else np.float32(0)
+        counts[x] += valid[x]
+
+
+@numba.njit(nogil=True, cache=True)
+def bin_picture(
+    image: npt.NDArray[Any], mask: Mask, origin: float, scale: float, factor: int
+) -> tuple[Float32, npt.NDArray[np.uint8]]:
+    """Return (image − origin) / scale averaged over the valid pixels of each bin, and how many those are."""
+    height, width = image.shape[0] // factor, image.shape[1] // factor
+    out, pixels = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
+    sums, counts = np.empty(width * factor, np.float32), np.empty(width * factor, np.uint8)
+    for y in range(height):
+        sums[:], counts[:] = 0, 0
+        for v in range(factor):
+            _add_row(image[y * factor + v], mask[y * factor + v], origin, sums, counts)
+        for x in range(width):
+            total, count = 0.0, 0
+            for u in range(factor):
+                total += sums[x * factor + u]
+                count += counts[x * factor + u]
+            pixels[y, x] = count
+            out[y, x] = total / (scale * count) if count else 0
+    return out, pixels
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseSearch:
+    """A reference in bins, prepared to be compared with frames in bins."""
+
+    image: npt.NDArray[Any]
+    mask: Mask
+    frame_mask: Mask
+    max_shift: int
+    overlap_ratio: float
+    factor: int
+    smoothing: float
+    """Standard deviation of the Gaussian that takes noise off the scores, bins."""
+
+    @property
+    def _reach(self) -> int:
+        return math.ceil(self.max_shift / self.factor) + 1
+
+    @property
+    def _margin(self) -> int:
+        return round(2 * self.smoothing)
+
+    @cached_property
+    def _search(self) -> Search:
+        seen = statistics(self.image, self.mask, np.inf)
+        bins, pixels = bin_picture(self.image, self.mask, seen.mean, seen.deviation or 1.0, self.factor)
+        return Search(bins, self._full(pixels), self._frame_bins, self._reach + self._margin, self.overlap_ratio)
+
+    @cached_property
+    def _frame_bins(self) -> Mask:
+        _, pixels = bin_picture(self.frame_mask, self.frame_mask, 0.0, 1.0, self.factor)
+        return self._full(pixels)
+
+    def _full(self, pixels: npt.NDArray[np.uint8]) -> Mask:
+        return np.asarray(pixels >= _FULL * self.factor**2)
+
+    def prepare(self) -> None:
+        """Compute now what every frame needs."""
+        self._search.prepare()
+
+    def find(self, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
+        """Return the highest peak in bins, its shift in pixels; None where it is not beyond doubt."""
+        bins, _ = bin_picture(frame, self.frame_mask, seen.mean, seen.deviation or 1.0, self.factor)
+        ncc, overlap = self._search.surface(bins, statistics(bins, self._frame_bins, np.inf))
+        peak = find_peak(ncc, overlap, self._margin, self.smoothing)
+        if peak is None or not self._decisive(peak):
+            return None
+        middle = self._reach + self._margin
+        row, column = peak.shift[0] + middle, peak.shift[1] + middle
+        fractions = _vertex(ncc[row - 1 : row + 2, column]), _vertex(ncc[row, column - 1 : column + 2])
+        place = [round(self.factor * (place + part)) for place, part in zip(peak.shift, fractions, strict=True)]
+        return peak._replace(shift=(place[0], place[1])) if max(map(abs, place)) < self.max_shift - 1 else None
+
+    def _decisive(self, peak: Peak) -> bool:
+        """Tell whether neither noise nor another peak can have made this the highest."""
+        scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
+        null = 1 / np.sqrt(max(peak.pixels - 2, 1))
+        return bool(peak.lead > DECISIVE * np.sqrt(2) * scatter and peak.score > 2 * DECISIVE * null)
+
+
+def _vertex(values: npt.NDArray[np.float64]) -> float:
+    """Place of the top of the parabola through three values, −½…½."""
+    if len(values) < 3 or not np.isfinite(values).all():
+        return 0.0
+    low, middle, high = (float(value) for value in values)
+    bend = low - 2 * middle + high
+    return float(np.clip(0.5 * (low - high) / bend, -0.5, 0.5)) if bend < 0 else 0.0
