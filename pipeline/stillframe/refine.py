@@ -340,14 +340,19 @@ def refine(
     at, known = problem.begin(start)
     if known is None:
         return None
+    tried: set[tuple[int, int]] = set()
     for _ in range(_STARTS):
         solved = problem.solve(at, known)
         if solved is None or np.abs(at + solved.parameters.shift - start).max() > reach:
             return None
         step, known = np.abs(solved.parameters.shift - known.shift).max(), solved.parameters
-        if np.abs(known.shift).max() <= _FARTHEST and step <= _FAR_STEP:
+        there, moved = _moved(at, known)
+        # Between two starts that each point to the other, either will do.
+        if there in tried or (there == at and step <= _FAR_STEP):
             return _estimate(solved, template, at, unit)
-        at, known = _moved(at, known)
+        if there != at:
+            tried.add(at)
+        at, known = there, moved
     return None
 
 
