@@ -139,6 +139,10 @@ def make_reference(
 
     options: dict[str, Any] = {"max_shift": max_shift, "overlap_ratio": overlap_ratio, "saturation": saturation}
     options["weights"] = weights
+    if stack.ndim == 2 and kind is not None:
+        raise ValueError(
+            f"frames of the kind {kind!r} were asked for, but one image was given. Give the stack, or no kind."
+        )
     if stack.ndim == 2:
         return Reference(np.asarray(stack), as_mask(mask, stack.shape), **options)
 

@@ -63,15 +63,16 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
     reference : Reference
         What to lay them on, the static mask and the bounds of the search.
     masks : array_like of bool, shape (frame, y, x) or (y, x), optional
-        Valid pixels of the frames where they are not those of the reference. Costs three more
-        transforms a frame.
+        Valid pixels of the frames where they are not those of the reference. Such frames are searched
+        pixel by pixel, with three more transforms each.
 
     Returns
     -------
     numpy.ndarray, shape (frame,), dtype ``MATCH_DTYPE``
         ``dy, dx``: shift to apply to the frame, pixels; NaN where a flag says why.
         ``sigma_y, sigma_x, cov_yx``: its standard errors (px) and covariance (px²).
-        ``score``: masked NCC at the peak, −1…1; ``second_score``: the highest other peak.
+        ``score``: masked NCC at the whole-pixel shift nearest to it, −1…1; ``second_score``: the highest other peak,
+        estimated where the search in bins sufficed.
         ``overlap``: fraction of the reference's valid pixels that are valid in both there.
         ``intensity``: mean of the frame's valid pixels. ``flag``: bits of :class:`~stillframe.Flag`.
 
@@ -84,11 +85,16 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
 
     Notes
     -----
-    The highest masked normalized cross-correlation at whole pixels (D. Padfield, doi 10.1109/TIP.2011.2181402) is
-    where weighted estimating equations are solved for the fraction (:mod:`stillframe.refine`). ``sigma`` is the
-    error that differs from frame to frame; the offset that the reference's own noise gives to all frames alike has
-    the covariance ``reference.template.common`` and moves nothing relative to anything. Where the reference holds
-    too little for refinement, shifts are whole pixels and sigma is that of rounding, 12^-½ px.
+    The highest masked normalized cross-correlation at whole pixels (D. Padfield, doi 10.1109/TIP.2011.2181402),
+    looked for in bins first and pixel by pixel where these leave a doubt, is where weighted estimating equations are
+    solved for the fraction (:mod:`stillframe.refine`). ``sigma`` is the error that differs from frame to frame; the
+    offset that the reference's own noise gives to all frames alike has the covariance ``reference.template.common``
+    and moves nothing relative to anything. What a background fixed to the detector or a changing pattern adds is not
+    in it. Where the reference holds too little for refinement, shifts are whole pixels and sigma is that of rounding,
+    12^-½ px.
+
+    Pixels far brighter than the reference allows are cut before the search, saturated ones and those that no noise
+    explains are left out of the refinement.
 
     Examples
     --------

@@ -2,7 +2,9 @@
 
 The content of the frames, a lightly smoothed reference, is moved by spline interpolation while the detector's
 invalid pixels stay; every frame, and the reference they are laid on, gets noise of its own with the gain and pedestal
-measured on the real frames. So the truth is known and no noise is shared that real frames would not share.
+measured on the real frames. So the truth is known and no noise is shared that real frames would not share. What it
+cannot see: a background that is fixed to the detector (here it moves along), noise that neighbouring pixels share, and
+a pattern that changes in the course of the run.
 """
 
 from dataclasses import dataclass, replace

@@ -64,7 +64,7 @@ class Draw:
 
 def parabola(reference, frame):
     """Peak of the masked NCC interpolated by a parabola along each axis."""
-    ncc, lags_y, lags_x = masked_ncc(reference.image, frame, reference.mask, reference.mask, max_shift=12)
+    ncc, lags_y, lags_x = masked_ncc(reference.image, frame, reference.mask, reference.frame_mask, max_shift=12)
     i, j = np.unravel_index(np.nanargmax(ncc), ncc.shape)
     if not (0 < i < len(lags_y) - 1 and 0 < j < len(lags_x) - 1):
         return np.array([np.nan, np.nan])
@@ -79,7 +79,7 @@ def parabola(reference, frame):
 
 def scikit_image(reference, frame):
     shift = phase_cross_correlation(
-        reference.image, frame, reference_mask=reference.mask, moving_mask=reference.mask, overlap_ratio=0.3
+        reference.image, frame, reference_mask=reference.mask, moving_mask=reference.frame_mask, overlap_ratio=0.3
     )[0]
     return np.asarray(shift, dtype=float)
 
@@ -147,7 +147,7 @@ def cell(case):
 
 def cases(options):
     for size in options.sizes:
-        for pattern in ("rings", "spots"):
+        for pattern in options.patterns:
             for dose in DOSES[pattern, size]:
                 for references in (64, 1):
                     yield pattern, size, dose, references, 0.0, options.frames, options.peers if size < 1024 else 0
@@ -211,6 +211,7 @@ def draw(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--patterns", nargs="+", default=["rings", "spots"])
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--peers", type=int, default=30, help="frames that the peers see too (512 px only)")
     parser.add_argument("--processes", type=int, default=2)
