@@ -33,6 +33,8 @@ _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
 _PARTS = 0.05
 """How many of the frames may be part of the reference."""
+_BANDS, _BAND = 4, 128
+"""Bands, and rows of each, by which the smoothing for a large picture is chosen."""
 _SAMPLED = 100_000
 """Pixels that suffice to begin with."""
 _GAP = 64
@@ -110,6 +112,7 @@ def prepare_template(
 
 def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
     """Go from little to much smoothing for as long as the promised errors fall."""
+    image, mask = _excerpt(image, mask)
     best, promised = None, np.inf
     for width in _SMOOTHINGS:
         promise = _Draft.of(image, mask, noise, weights, width).promise()
@@ -118,6 +121,17 @@ def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) ->
         if np.isfinite(promise):
             best, promised = width, promise
     return best
+
+
+def _excerpt(image: Image, mask: Mask) -> tuple[Image, Mask]:
+    """Return bands of rows of a large picture, apart from one another: enough to compare smoothings by."""
+    height = len(image)
+    if height <= 2 * _BANDS * _BAND:
+        return image, mask
+    starts = np.linspace(0, height - _BAND, _BANDS).astype(int)
+    rows = np.concatenate([np.arange(start, start + _BAND) for start in starts])
+    apart = np.arange(len(rows)) % _BAND >= REACH
+    return image[rows], mask[rows] & apart[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,7 @@ def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: in
     pixels = math.prod(layout.shape)
     padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
     reading = frames * layout.frame_bytes + layout.decoding_bytes
-    prepared = pixels * (17 + 28 + 64) + padded * (8 + 16)
+    prepared = pixels * (17 + 36 + 64) + padded * (8 + 16)
     register = reading + prepared + padded * 12
     align = reading + 3 * frames * pixels * output_itemsize + pixels * 8
     return max(register, align)
