@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillframe.units import MOST_FRAMES, TARGET_BYTES, Layout, make_plan, unit_memory
@@ -33,6 +33,7 @@ def test_units_cover_every_frame_once_and_fit_the_budget(layout, budget, wish):
     assert unit_memory(layout, made.unit_frames, 2, 32) <= budget
 
 
+@settings(deadline=None)
 @given(layout=layouts, size=st.integers(1, 90))
 def test_decodes_counts_the_units_that_meet_a_chunk(layout, size):
     made = plan(layout, unit_frames=size)
