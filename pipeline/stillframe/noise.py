@@ -9,7 +9,7 @@ from stillframe.ncc import Image, Mask
 
 _FEWEST = 64
 """Fewer pixels tell nothing of noise."""
-_USUAL = 0.8
+_USUAL = 0.6
 """Part of the pixels that nothing has struck, even around a hit."""
 _FEW_COUNTS = 3.0
 """With fewer counts per pixel some pixels have none, which shows the pedestal, and no line can be fitted."""

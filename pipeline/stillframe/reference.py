@@ -5,7 +5,6 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any, get_args
 
 import numpy as np
@@ -16,15 +15,13 @@ from stillframe.coarse import CoarseSearch, bin_factor
 from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
-from stillframe.peak import DECISIVE, Peak, find_peak
+from stillframe.peak import Peak, find_peak
 from stillframe.search import Search, Statistics, score_at, statistics
 from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
 _LEAST_SMOOTHING = 0.5
 """Less does nothing to a surface."""
-_STEPS = 6
-"""How far a peak in bins may be wrong, pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +56,7 @@ class Reference:
         Standard deviation, pixels, of the Gaussian that smooths the templates of the refinement. Default: the one
         that promises the smallest errors.
     subpixel : bool
-        Whether shifts are refined to fractions of a pixel. Whole pixels are found several times faster.
+        Whether shifts are refined to fractions of a pixel, with their errors.
     history : str
         How the image was made; for people, it changes no shift.
 
@@ -98,7 +95,7 @@ class Reference:
     smoothing: float | None = None
     """Standard deviation of the templates' Gaussian, pixels; None: the one that promises the smallest errors."""
     subpixel: bool = True
-    """Whether shifts are refined to fractions of a pixel; whole pixels cost a fraction of the time."""
+    """Whether shifts are refined to fractions of a pixel, with their errors."""
     history: str = ""
     """How the image was made."""
 
@@ -161,35 +158,13 @@ class Reference:
     def find_peak(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> Peak | None:
         """Return the highest masked NCC of a frame within the search; None where it is nowhere defined.
 
-        It is looked for in bins first; where these leave a doubt, pixel by pixel.
+        What is refined later is looked for in bins first; where these leave a doubt, pixel by pixel.
         """
         near = self.coarse.find(frame, seen) if self.coarse and frame_mask is None else None
-        found = near and self._confirmed(near, frame, seen)
-        return found or self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
-
-    def _confirmed(self, near: Peak, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
-        """Return the peak pixel by pixel that one in bins stands for; None where it does not."""
-        if self.template is None:
-            return self._climb(near, frame, seen)
+        if near is None:
+            return self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
         score, pixels = self.score_at(near.shift, frame, seen, self.frame_mask)
         return near.at(near.shift, score, pixels, self.max_shift)
-
-    def _climb(self, near: Peak, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
-        """Go uphill to the highest of nine neighbours; None where noise could decide between them."""
-        at = near.shift
-        for _ in range(_STEPS):
-            places = [(at[0] + y, at[1] + x) for y, x in product((0, -1, 1), repeat=2)]
-            scores = [self.score_at(place, frame, seen, self.frame_mask) for place in places]
-            best = int(np.nanargmax([score for score, _ in scores]))
-            if max(map(abs, places[best])) >= self.max_shift:
-                return None
-            if best == 0:
-                score, pixels = scores[0]
-                edge = np.mean([scores[k][0] for k in (4, 5, 7, 8)])
-                decided = score - edge > DECISIVE * (1 - score**2) / np.sqrt(max(pixels, 1))
-                return near.at(at, score, pixels, self.max_shift) if decided else None
-            at = places[best]
-        return None
 
     def score_at(
         self, shift: tuple[int, int], frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask
@@ -206,9 +181,9 @@ class Reference:
 
     @cached_property
     def coarse(self) -> CoarseSearch | None:
-        """The same search in bins; None where pictures are small."""
+        """The same search in bins; None where pictures are small, or whole pixels are wanted."""
         factor = bin_factor(self.shape, self.max_shift)
-        if factor == 1:
+        if factor == 1 or self.template is None:
             return None
         smoothing = self.search_smoothing / factor
         return CoarseSearch(

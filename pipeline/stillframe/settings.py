@@ -47,7 +47,7 @@ class Settings(pydantic.BaseModel):
     saturation: float | None = None
     """Pixel value at which the detector saturates; the limit of an integer dtype by default."""
     subpixel: bool = True
-    """Whether shifts are refined to fractions of a pixel; whole pixels cost a fraction of the time."""
+    """Whether shifts are refined to fractions of a pixel, with their errors."""
     weights: Weights = "counts"
     """What pixels weigh in the refinement: the inverse variance of counts, or uniform."""
     interpolation: Interpolation = "nearest"
