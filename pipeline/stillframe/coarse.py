@@ -30,7 +30,7 @@ def bin_factor(shape: tuple[int, int], max_shift: int) -> int:
     return next((factor for factor in _FACTORS if min(shape) >= _FEWEST_BINS * factor and max_shift >= factor), 1)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, cache=True)
 def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], origin: float, sums: Float32, counts: Any) -> None:
     """Add a row to the sums and counts of its columns."""
     for x in range(len(sums)):

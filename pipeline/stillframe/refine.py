@@ -115,7 +115,7 @@ class _Sums(NamedTuple):
     """Those of them that are valid in the frame."""
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, cache=True)
 def _residuals(
     values: npt.NDArray[Any],
     valid: npt.NDArray[np.bool_],
@@ -137,57 +137,56 @@ def _residuals(
         out[i] = value if good else np.float32(0)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, cache=True)
 def _add(
-    residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, sums: npt.NDArray[np.float64]
+    residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, columns: Float32
 ) -> None:
-    """Add what one run gives: Σ T_k r, the upper triangle of Σ T_k T_l r², Σ r²."""
-    zero = np.float32(0)
-    s0, s1, s2, s3 = zero, zero, zero, zero
-    s00, s01, s02, s03, s11, s12, s13, s22, s23, s33 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    squares = zero
+    """Add what one run gives to the sums of its columns: T_k r, the upper triangle of T_k T_l r², r².
+
+    Columns are summed up at the end: each step here stands for itself, so that the compiler may go through many at a
+    time and every machine code gives the same bits.
+    """
+    s0, s1, s2, s3, squares = columns[0], columns[1], columns[2], columns[3], columns[14]
+    s00, s01, s02, s03, s11 = columns[4], columns[5], columns[6], columns[7], columns[8]
+    s12, s13, s22, s23, s33 = columns[9], columns[10], columns[11], columns[12], columns[13]
     for i in range(len(residuals)):
         value = residuals[i]
         a3 = pull[i] * value
+        a0, a1 = slope_y[i] * a3, slope_x[i] * a3
+        s0[i] += a0
+        s1[i] += a1
+        s3[i] += a3
+        s00[i] += a0 * a0
+        s01[i] += a0 * a1
+        s03[i] += a0 * a3
+        s11[i] += a1 * a1
+        s13[i] += a1 * a3
+        s33[i] += a3 * a3
+        squares[i] += value * value
+    for i in range(len(residuals)):
+        a3 = pull[i] * residuals[i]
         a0, a1, a2 = slope_y[i] * a3, slope_x[i] * a3, soft[i] * a3
-        s0 += a0
-        s1 += a1
-        s2 += a2
-        s3 += a3
-        s00 += a0 * a0
-        s01 += a0 * a1
-        s02 += a0 * a2
-        s03 += a0 * a3
-        s11 += a1 * a1
-        s12 += a1 * a2
-        s13 += a1 * a3
-        s22 += a2 * a2
-        s23 += a2 * a3
-        s33 += a3 * a3
-        squares += value * value
-    found = (s0, s1, s2, s3, s00, s01, s02, s03, s11, s12, s13, s22, s23, s33, squares)
-    for k in range(len(found)):
-        sums[k] += np.float64(found[k])
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _product(one: Float32, other: Float32) -> float:
-    """Sum of the products."""
-    total = np.float32(0)
-    for i in range(len(one)):
-        total += one[i] * other[i]
-    return np.float64(total)
+        s2[i] += a2
+        s02[i] += a0 * a2
+        s12[i] += a1 * a2
+        s22[i] += a2 * a2
+        s23[i] += a2 * a3
 
 
 @numba.njit(nogil=True, cache=True)
-def _near_products(recent: Float32, row: int, first: int, stop: int) -> float:
-    """Sum of the products of a row with itself and the two before it, at distances of up to two pixels."""
+def _add_products(one: Float32, other: Float32, columns: Float32) -> None:
+    """Add the products to the sums of their columns."""
+    for i in range(len(one)):
+        columns[i] += one[i] * other[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_near_products(recent: Float32, row: int, first: int, stop: int, columns: Float32) -> None:
+    """Add the products of a row with itself and the two before it, at distances of up to two pixels."""
     here = recent[row % (APART + 1), first:stop]
-    total = 0.0
     for dy in range(3):
         for dx in range(-2 if dy else 1, 3):
-            total += _product(here, recent[(row - dy) % (APART + 1), first - dx : stop - dx])
-    return total
+            _add_products(here, recent[(row - dy) % (APART + 1), first - dx : stop - dx], columns)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -217,14 +216,15 @@ def _pass(
     parameters: Float32,
 ) -> _Sums:
     """Go through the pixels once, a run at a time."""
-    sums, totals, linear = np.zeros(16), np.zeros(4), np.zeros((4, 3))
+    totals, linear = np.zeros(4), np.zeros((4, 3))
+    columns = np.zeros((17, image.shape[1]), np.float32)
     model = np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
     height, width = frame.shape
     slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[-1]
     kept = np.empty(image.shape[1], np.uint8)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
     recent, rows = np.zeros((APART + 1, image.shape[1] + 2 * APART), np.float32), np.full(APART + 1, -1)
-    left, outliers, i, near, pairs = 0, 0, 0, 0.0, 0
+    left, outliers, i, pairs = 0, 0, 0, 0
     for k in range(runs.shape[0]):
         row, y = runs[k, 0], runs[k, 0] - start[0]
         begin, end = runs[k, 1], runs[k, 2]
@@ -244,11 +244,11 @@ def _pass(
             _residuals(
                 values, valid, image[row, first:stop], slope_y[a:b], slope_x[a:b], inverse[a:b], parameters, found, good
             )
-            _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], sums)
+            _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns[:, first:stop])
             if rows[above] == row - APART:
-                sums[15] += _product(found, recent[above, first:stop])
+                _add_products(found, recent[above, first:stop], columns[15, first:stop])
                 if row % _NEIGHBOURS_EVERY == 0:
-                    near += _near_products(recent, row, first + APART, stop + APART)
+                    _add_near_products(recent, row, first + APART, stop + APART, columns[16, first:stop])
                     pairs += stop - first
         for j in range(end - begin):
             if not kept[j] and inverse[i + j] > 0:
@@ -257,12 +257,16 @@ def _pass(
                 outliers += first <= column < stop and mask[y, column - start[1]]
                 _leave_out(fields[:, i + j], image, row, column, model, totals, linear)
         i += end - begin
+    sums = np.zeros(17)
+    for k in range(17):
+        for x in range(image.shape[1]):
+            sums[k] += np.float64(columns[k, x])
     scatter, n = np.zeros((4, 4)), 4
     for a in range(4):
         for b in range(a, 4):
             scatter[a, b] = scatter[b, a] = sums[n]
             n += 1
-    return _Sums(sums[:4], scatter, sums[14], sums[15], near, pairs, model, totals, linear, left, outliers)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, outliers)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -52,7 +52,7 @@ class Statistics(NamedTuple):
     saturated: int
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, cache=True)
 def _row_statistics(
     values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
 ) -> tuple[float, float, float, float, int, int, int]:
@@ -74,19 +74,19 @@ def _row_statistics(
     return total, squares, smallest, largest, count, not_finite, saturated
 
 
-@numba.njit(nogil=True, cache=True, fastmath=True)
+@numba.njit(nogil=True, cache=True)
 def _short_row_statistics(
     values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
 ) -> tuple[float, float, float, float, int, int, int]:
     """The same of integers of up to two bytes, which single precision holds."""
     least, most = np.int32(2**31 - 1), np.int32(-(2**31))
-    total, count, saturated, squares = np.int32(0), np.int32(0), np.int32(0), np.float32(0)
+    total, count, saturated, squares = np.int32(0), np.int32(0), np.int32(0), np.int64(0)
     base, full = np.int32(pivot), np.int32(min(np.ceil(limit), 2.0**31 - 1))
     for x in range(len(values)):
         value, good = np.int32(values[x]), valid[x]
         above = value - base if good else np.int32(0)
         total += above
-        squares += np.float32(above) * np.float32(above)
+        squares += np.int64(above) * np.int64(above)
         least = min(least, value if good else np.int32(2**31 - 1))
         most = max(most, value if good else np.int32(-(2**31)))
         count += np.int32(good)
@@ -153,29 +153,30 @@ def _first_valid(frame: npt.NDArray[Any], mask: Mask) -> float:
     return np.nan
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _row_sums(
+@numba.njit(nogil=True, cache=True)
+def _add_row(
     values: npt.NDArray[Any],
     valid: npt.NDArray[np.bool_],
     fixed: Float32,
     known: npt.NDArray[np.bool_],
     origin: float,
     scale: float,
-) -> tuple[int, float, float, float, float, float]:
-    """Pixels valid in both rows, Σ r, Σ r², Σ f, Σ f², Σ r f over them."""
+    columns: Float32,
+) -> int:
+    """Add r, r², f, f², r f of pixels valid in both rows to the sums of their columns; return how many those are."""
     count, zero = 0, np.float32(0)
-    r, rr, f, ff, rf = zero, zero, zero, zero, zero
+    r, rr, f, ff, rf = columns[0], columns[1], columns[2], columns[3], columns[4]
     for x in range(len(values)):
         both = valid[x] & known[x]
         value = np.float32((np.float64(values[x]) - origin) * scale) if both else zero
         other = fixed[x] if both else zero
         count += both
-        r += other
-        rr += other * other
-        f += value
-        ff += value * value
-        rf += other * value
-    return count, np.float64(r), np.float64(rr), np.float64(f), np.float64(ff), np.float64(rf)
+        r[x] += other
+        rr[x] += other * other
+        f[x] += value
+        ff[x] += value * value
+        rf[x] += other * value
+    return count
 
 
 @numba.njit(nogil=True, cache=True)
@@ -194,27 +195,32 @@ def score_at(
     """
     height, width = frame.shape
     first, last = max(0, -shift[1]), min(width, width - shift[1])
-    count, r, rr, f, ff, rf = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    count, columns = 0, np.zeros((5, width), np.float32)
     for y in range(max(0, -shift[0]), min(height, height - shift[0])):
         if first >= last:
             break
         row, begin, end = y + shift[0], first + shift[1], last + shift[1]
-        a, b, c, d, e, g = _row_sums(
+        count += _add_row(
             frame[y, first:last],
             mask[y, first:last],
             fixed[row, begin:end],
             fixed_mask[row, begin:end],
             origin,
             scale,
+            columns[:, first:last],
         )
-        count, r, rr, f, ff, rf = count + a, r + b, rr + c, f + d, ff + e, rf + g
+    sums = np.zeros(5)
+    for k in range(5):
+        for x in range(width):
+            sums[k] += np.float64(columns[k, x])
+    r, rr, f, ff, rf = sums
     if count < 2:
         return np.nan, count
     product = (rr - r * r / count) * (ff - f * f / count)
     return (rf - r * f / count) / np.sqrt(product) if product > 0 else np.nan, count
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@numba.njit(nogil=True, cache=True)
 def _centre(
     frame: npt.NDArray[Any],
     mask: Mask,
