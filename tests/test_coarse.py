@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from stillframe import Reference, masked_ncc, match_frames
-from stillframe.coarse import bin_factor, bin_picture
+from stillframe.bins import bin_picture
+from stillframe.coarse import bin_factor
 from stillframe.scene import Experiment, evaluate
 
 SHAPE = (512, 512)

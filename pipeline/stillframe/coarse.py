@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from stillframe.bins import bin_picture
 from stillframe.ncc import Mask
 from stillframe.peak import DECISIVE, Peak, find_peak
-from stillframe.search import Float32, Search, Statistics, statistics
+from stillframe.search import Search, Statistics, statistics
 
 _FEWEST_BINS = 128
 """Along the shorter axis; smaller pictures are searched as they are."""
@@ -28,36 +28,6 @@ _FULL = 0.5
 def bin_factor(shape: tuple[int, int], max_shift: int) -> int:
     """Return the bins' side, pixels; 1 where binning does not pay."""
     return next((factor for factor in _FACTORS if min(shape) >= _FEWEST_BINS * factor and max_shift >= factor), 1)
-
-
-@numba.njit(nogil=True, cache=True)
-def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], origin: float, sums: Float32, counts: Any) -> None:
-    """Add a row to the sums and counts of its columns."""
-    for x in range(len(sums)):
-        sums[x] += np.float32(np.float64(values[x]) - origin) if valid[x] else np.float32(0)
-        counts[x] += valid[x]
-
-
-@numba.njit(nogil=True, cache=True)
-def bin_picture(
-    image: npt.NDArray[Any], mask: Mask, origin: float, scale: float, factor: int
-) -> tuple[Float32, npt.NDArray[np.uint8]]:
-    """Return (image − origin) / scale averaged over the valid pixels of each bin, and how many those are."""
-    height, width = image.shape[0] // factor, image.shape[1] // factor
-    out, pixels = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
-    sums, counts = np.empty(width * factor, np.float32), np.empty(width * factor, np.uint8)
-    for y in range(height):
-        sums[:], counts[:] = 0, 0
-        for v in range(factor):
-            _add_row(image[y * factor + v], mask[y * factor + v], origin, sums, counts)
-        for x in range(width):
-            total, count = 0.0, 0
-            for u in range(factor):
-                total += sums[x * factor + u]
-                count += counts[x * factor + u]
-            pixels[y, x] = count
-            out[y, x] = total / (scale * count) if count else 0
-    return out, pixels
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 
+from stillframe.bins import moved_bins
 from stillframe.ncc import Image, Mask
 from stillframe.search import Float32, Statistics
-from stillframe.template import APART, FEWEST, REACH, Equations, Runs, Template, add_model
+from stillframe.template import FEWEST, INVERSE, LEVEL, REACH, Equations, Runs, Template, add_model
 
 _NEAR = 3
 """Lags at which the model of pixels that are left out is known, on either side."""
@@ -42,14 +44,16 @@ _SETTLED = 0.02
 """Steps below this, in pixels, end the work on the sample."""
 _FAR_STEP = 0.25
 """A step over all pixels that is longer than this is followed by another."""
-_USUAL = 0.97
-"""Part of the pixels that the first guess keeps."""
+_USUAL, _USUAL_BINS = 0.97, 0.75
+"""Part of the pixels that the first guess keeps, and the least part of bins."""
 _NEIGHBOURS_EVERY = 4
 """One in so many rows tells what neighbouring pixels share."""
 _NEAR_LAGS = 12
-"""Distances of up to two pixels along both axes, one direction each."""
+"""Distances of up to two bins along both axes, one direction each."""
+_ROWS, _MARGIN = 4, 3
+"""Rows, and columns beyond both ends of a row, that are held to look for what bins have in common."""
 _GUESSED = 20_000
-"""Pixels that the first guess looks at."""
+"""Bins that the first guess looks at."""
 _SHORT = ("i1", "u1", "i2", "u2")
 """Frames that are read as they are; others are standardized, so that single precision holds them."""
 
@@ -89,49 +93,53 @@ class _Parameters(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What one pass over the pixels gives."""
+    """What one pass over the bins gives."""
 
     residual: Image
-    """Σ T_k r, (4,), r from the reference moved to first order."""
+    """Σ T_k r, (4,), r from the reference moved to second order."""
     scatter: Image
     """Σ T_k T_l r², (4, 4)."""
     squares: float
     """Σ r² over the reference's variance."""
     apart: float
-    """Σ r r' of pixels APART along both axes, each over the reference's standard deviation."""
+    """Σ r r' of bins that are apart along both axes, each over the reference's standard deviation."""
     near: float
-    """The same of neighbours, of some rows: for all distances of up to two pixels, one direction each."""
+    """The same of neighbours, of some rows: for all distances of up to two bins, one direction each."""
     pairs: int
-    """How many pixels of those rows there are."""
+    """How many bins of those rows there are."""
     model: Image
-    """Σ T_k R(p + lag) of the pixels that were left out, (4, lags, lags)."""
+    """Σ T_k R(p + lag) of the bins that were left out, (4, lags, lags)."""
     totals: Image
-    """Σ T_k of the pixels that were left out, (4,)."""
+    """Σ T_k of the bins that were left out, (4,)."""
     linear: Image
-    """Σ T_k times the reference and its slopes, of the pixels that were left out, (4, 3)."""
+    """Σ T_k times the reference, its slopes and its bends, of the bins that were left out, (4, 6)."""
     left: int
-    """Pixels that were left out."""
+    """Bins that were left out."""
     outliers: int
     """Those of them that are valid in the frame."""
 
 
 @numba.njit(nogil=True, cache=True)
 def _residuals(
-    values: npt.NDArray[Any],
-    valid: npt.NDArray[np.bool_],
+    values: Float32,
+    valid: Mask,
     level: Float32,
     slope_y: Float32,
     slope_x: Float32,
+    bend_yy: Float32,
+    bend_yx: Float32,
+    bend_xx: Float32,
     inverse: Float32,
     parameters: Float32,
     out: Float32,
     kept: npt.NDArray[np.uint8],
 ) -> None:
     """Residuals of one run over the reference's standard deviation, 0 where they are no noise."""
-    gain, along_y, along_x, offset, limit, above, below = parameters
+    gain, along_y, along_x, along_yy, along_yx, along_xx, offset, limit, above, below = parameters
     for i in range(len(values)):
-        expected = gain * level[i] + along_y * slope_y[i] + along_x * slope_x[i]
-        value = ((np.float32(values[i]) - offset) - expected) * inverse[i]
+        moved = along_y * slope_y[i] + along_x * slope_x[i]
+        bent = along_yy * bend_yy[i] + along_yx * bend_yx[i] + along_xx * bend_xx[i]
+        value = ((values[i] - offset) - (gain * level[i] + moved + bent)) * inverse[i]
         good = valid[i] & (value < limit + above * inverse[i]) & (value > -limit - below * inverse[i])
         kept[i] = good
         out[i] = value if good else np.float32(0)
@@ -182,130 +190,133 @@ def _add_products(one: Float32, other: Float32, columns: Float32) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _add_near_products(recent: Float32, row: int, first: int, stop: int, columns: Float32) -> None:
-    """Add the products of a row with itself and the two before it, at distances of up to two pixels."""
-    here = recent[row % (APART + 1), first:stop]
+    """Add the products of a row with itself and the two before it, at distances of up to two bins."""
+    here = recent[row % _ROWS, first:stop]
     for dy in range(3):
         for dx in range(-2 if dy else 1, 3):
-            _add_products(here, recent[(row - dy) % (APART + 1), first - dx : stop - dx], columns)
+            _add_products(here, recent[(row - dy) % _ROWS, first - dx : stop - dx], columns)
 
 
 @numba.njit(nogil=True, cache=True)
 def _leave_out(
     fields: Float32, image: Float32, row: int, column: int, model: Image, totals: Image, linear: Image
 ) -> None:
-    """Add what one pixel that is left out would have given."""
-    weight = np.float64(fields[3]) * np.float64(fields[-1])
+    """Add what one bin that is left out, beginning at a pixel, would have given."""
+    weight = np.float64(fields[INVERSE]) * np.float64(fields[-1])
     add_model(model, _NEAR, weight, fields, image, row, column)
-    level, slope_y, slope_x = np.float64(image[row, column]), np.float64(fields[0]), np.float64(fields[1])
     for k in range(4):
         template = weight if k == 3 else weight * np.float64(fields[k])
         totals[k] += template
-        linear[k, 0] += template * level
-        linear[k, 1] += template * slope_y
-        linear[k, 2] += template * slope_x
+        for n in range(LEVEL, INVERSE):
+            linear[k, n - LEVEL] += template * np.float64(fields[n])
 
 
 @numba.njit(nogil=True, cache=True)
 def _pass(
-    frame: npt.NDArray[Any],
-    mask: Mask,
-    start: tuple[int, int],
+    means: Float32,
+    whole: Mask,
     runs: Runs,
     fields: Float32,
     image: Float32,
+    side: int,
+    apart: int,
     parameters: Float32,
 ) -> _Sums:
-    """Go through the pixels once, a run at a time."""
-    totals, linear = np.zeros(4), np.zeros((4, 3))
-    columns = np.zeros((17, image.shape[1]), np.float32)
-    model = np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
-    height, width = frame.shape
-    slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[-1]
-    kept = np.empty(image.shape[1], np.uint8)
+    """Go through the bins once, a run at a time."""
+    totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
+    width = means.shape[1]
+    columns = np.zeros((17, width), np.float32)
+    slope_y, slope_x, soft, level, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[9], fields[-1]
+    kept = np.empty(width, np.uint8)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
-    recent, rows = np.zeros((APART + 1, image.shape[1] + 2 * APART), np.float32), np.full(APART + 1, -1)
-    left, outliers, i, pairs = 0, 0, 0, 0
+    recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), np.full(_ROWS, -1)
+    left, outliers, a, pairs = 0, 0, 0, 0
     for k in range(runs.shape[0]):
-        row, y = runs[k, 0], runs[k, 0] - start[0]
-        begin, end = runs[k, 1], runs[k, 2]
-        first, stop = max(begin, start[1]), min(end, width + start[1])
-        if y < 0 or y >= height or stop <= first:
-            first, stop = begin, begin
-        kept[: end - begin] = 0
-        if first < stop:
-            a, b = i + first - begin, i + stop - begin
-            valid = mask[y, first - start[1] : stop - start[1]]
-            values = frame[y, first - start[1] : stop - start[1]]
-            place, above = row % (APART + 1), (row - APART) % (APART + 1)
-            if rows[place] != row:
-                recent[place] = 0
-                rows[place] = row
-            found, good = recent[place, first + APART : stop + APART], kept[first - begin : stop - begin]
-            _residuals(
-                values, valid, image[row, first:stop], slope_y[a:b], slope_x[a:b], inverse[a:b], parameters, found, good
+        row, first, stop = runs[k]
+        b = a + stop - first
+        place, above = row % _ROWS, (row - apart) % _ROWS
+        if rows[place] != row:
+            recent[place] = 0
+            rows[place] = row
+        found = recent[place, first + _MARGIN : stop + _MARGIN]
+        _residuals(
+            means[row, first:stop],
+            whole[row, first:stop],
+            level[a:b],
+            fields[4, a:b],
+            fields[5, a:b],
+            fields[6, a:b],
+            fields[7, a:b],
+            fields[8, a:b],
+            inverse[a:b],
+            parameters,
+            found,
+            kept,
+        )
+        _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns[:, first:stop])
+        if rows[above] == row - apart:
+            _add_products(
+                found, recent[above, first + _MARGIN - apart : stop + _MARGIN - apart], columns[15, first:stop]
             )
-            _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns[:, first:stop])
-            if rows[above] == row - APART:
-                _add_products(found, recent[above, first:stop], columns[15, first:stop])
-                if row % _NEIGHBOURS_EVERY == 0:
-                    _add_near_products(recent, row, first + APART, stop + APART, columns[16, first:stop])
-                    pairs += stop - first
-        for j in range(end - begin):
-            if not kept[j] and inverse[i + j] > 0:
-                column = begin + j
+            if row % _NEIGHBOURS_EVERY == 0:
+                _add_near_products(recent, row, first + _MARGIN, stop + _MARGIN, columns[16, first:stop])
+                pairs += stop - first
+        for j in range(stop - first):
+            if not kept[j] and inverse[a + j] > 0:
                 left += 1
-                outliers += first <= column < stop and mask[y, column - start[1]]
-                _leave_out(fields[:, i + j], image, row, column, model, totals, linear)
-        i += end - begin
+                outliers += whole[row, first + j]
+                _leave_out(fields[:, a + j], image, row * side, (first + j) * side, model, totals, linear)
+        a = b
     sums = np.zeros(17)
     for k in range(17):
-        for x in range(image.shape[1]):
+        for x in range(width):
             sums[k] += np.float64(columns[k, x])
     scatter, n = np.zeros((4, 4)), 4
-    for a in range(4):
-        for b in range(a, 4):
-            scatter[a, b] = scatter[b, a] = sums[n]
+    for i in range(4):
+        for j in range(i, 4):
+            scatter[i, j] = scatter[j, i] = sums[n]
             n += 1
     return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, outliers)
 
 
 @numba.njit(nogil=True, cache=True)
-def _sampled(
-    frame: npt.NDArray[Any],
-    mask: Mask,
-    start: tuple[int, int],
-    runs: Runs,
-    fields: Float32,
-    image: Float32,
-    step: int,
-) -> npt.NDArray[np.float64]:
-    """Reference, frame and weight of every so many pixels that meet, (3, pixels)."""
+def _sampled(means: Float32, whole: Mask, runs: Runs, fields: Float32, step: int) -> npt.NDArray[np.float64]:
+    """Reference, frame and weight of every so many bins that meet, (3, bins)."""
     out, n, i, next_one = np.empty((3, fields.shape[1] // step + 1)), 0, 0, 0
     for k in range(runs.shape[0]):
-        y, size = runs[k, 0] - start[0], runs[k, 2] - runs[k, 1]
-        while next_one < i + size:
-            column = runs[k, 1] + next_one - i
-            x, inverse = column - start[1], np.float64(fields[3, next_one])
-            if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1] and mask[y, x] and inverse > 0:
-                out[0, n], out[1, n], out[2, n] = image[runs[k, 0], column], frame[y, x], inverse
+        row, first, stop = runs[k]
+        while next_one < i + stop - first:
+            column = first + next_one - i
+            if whole[row, column] and fields[INVERSE, next_one] > 0:
+                out[0, n], out[1, n], out[2, n] = (
+                    fields[LEVEL, next_one],
+                    means[row, column],
+                    fields[INVERSE, next_one],
+                )
                 n += 1
             next_one += step
-        i += size
+        i += stop - first
     return out[:, :n]
 
 
-def _guess(sample: Image) -> _Parameters:
-    """Gain, offset and scatter from a few pixels, the largest residuals left out."""
+def _guess(sample: Image, usual: float) -> _Parameters:
+    """Gain, offset and scatter from a few bins, the largest residuals left out."""
     known, values, inverse = sample
     kept = np.ones(len(values), np.bool_)
     for _ in range(3):
         design = np.stack([known, np.ones_like(known)])[:, kept] * inverse[kept]
         gain, offset = np.linalg.lstsq(design @ design.T, design @ (values[kept] * inverse[kept]))[0]
         residual = np.abs(values - gain * known - offset) * inverse
-        kept = residual <= np.quantile(residual, _USUAL)
+        kept = residual <= np.quantile(residual, usual)
     square = float(np.mean(residual[kept] ** 2))
-    own = max(1.2 * square - gain**2, 0.3 * square)
+    own = max(square / _square_within(usual) - gain**2, 0.3 * square)
     return _Parameters(np.zeros(2), max(float(gain), 1e-12), float(offset), float(own))
+
+
+def _square_within(part: float) -> float:
+    """Mean square of the smallest values of a normal distribution of variance 1, so large a part of all."""
+    limit = float(scipy.special.ndtri((1 + part) / 2))
+    return 1 - 2 * limit * float(np.exp(-(limit**2) / 2)) / float(np.sqrt(2 * np.pi)) / part
 
 
 def refine(
@@ -341,12 +352,13 @@ def refine(
     values, unit = _in_single(frame, seen)
     reach = _WALK * max(1.0, template.smoothing) + slack
     problem = _Problem(values, mask, template)
-    at, known = problem.begin(start)
+    placed, known = problem.begin(problem.at(start))
     if known is None:
         return None
     tried: set[tuple[int, int]] = set()
     for _ in range(_STARTS):
-        solved = problem.solve(at, known)
+        at = placed.start
+        solved = problem.step(template.whole, placed, known)
         if solved is None or np.abs(at + solved.parameters.shift - start).max() > reach:
             return None
         step, known = np.abs(solved.parameters.shift - known.shift).max(), solved.parameters
@@ -356,7 +368,8 @@ def refine(
             return _estimate(solved, template, at, unit)
         if there != at:
             tried.add(at)
-        at, known = there, moved
+            placed = problem.at(there)
+        known = moved
     return None
 
 
@@ -401,6 +414,14 @@ class _Solved(NamedTuple):
     sums: _Sums
 
 
+class _Placed(NamedTuple):
+    """A frame in the reference's bins, a whole-pixel shift applied."""
+
+    start: tuple[int, int]
+    means: Float32
+    whole: Mask
+
+
 class _Problem(NamedTuple):
     """One frame to be laid on one reference."""
 
@@ -408,37 +429,41 @@ class _Problem(NamedTuple):
     mask: Mask
     template: Template
 
-    def begin(self, start: tuple[int, int]) -> tuple[tuple[int, int], _Parameters | None]:
-        """Solve for a sample of the rows, from a guess; None where too few pixels meet."""
+    def at(self, start: tuple[int, int]) -> _Placed:
+        """Apply a whole-pixel shift."""
+        return _Placed(start, *moved_bins(self.frame, self.mask, start, self.template.side))
+
+    def begin(self, placed: _Placed) -> tuple[_Placed, _Parameters | None]:
+        """Solve for a sample of the rows, from a guess; None where too few bins meet."""
         sample = self.template.sample
-        step = max(1, sample.pixels // _GUESSED)
-        few = _sampled(self.frame, self.mask, start, sample.runs, sample.fields, self.template.image, step)
-        if few.shape[1] < min(FEWEST, sample.pixels):
-            return start, None
-        guess = _guess(few)
-        at, known = start, guess
+        step = max(1, sample.bins // _GUESSED)
+        few = _sampled(placed.means, placed.whole, sample.runs, sample.fields, step)
+        if few.shape[1] < min(FEWEST, sample.bins):
+            return placed, None
+        known = guess = _guess(few, max(_USUAL**self.template.side**2, _USUAL_BINS))
+        first = placed
         for _ in range(_PASSES if sample is not self.template.whole else _PASSES - 1):
-            solved = self._step(sample, at, known)
+            solved = self.step(sample, placed, known)
             if solved is None:
-                return start, guess
+                return first, guess
             step_length = np.abs(solved.parameters.shift - known.shift).max()
-            at, known = _moved(at, solved.parameters)
+            there, known = _moved(placed.start, solved.parameters)
+            placed = placed if there == placed.start else self.at(there)
             if step_length < _SETTLED:
                 break
-        return at, known
+        return placed, known
 
-    def solve(self, at: tuple[int, int], known: _Parameters) -> _Solved | None:
-        """Solve for all pixels."""
-        return self._step(self.template.whole, at, known)
-
-    def _step(self, equations: Equations, at: tuple[int, int], known: _Parameters) -> _Solved | None:
-        """Go through the pixels with what is known, and solve with what that gives."""
+    def step(self, equations: Equations, placed: _Placed, known: _Parameters) -> _Solved | None:
+        """Go through the bins with what is known, and solve with what that gives."""
+        template = self.template
         limit = _OUTLIER * np.sqrt(known.own + known.gain**2)
-        skew = self.template.grain * _SKEW
-        skews = skew * known.own / known.gain, skew * known.gain
-        rounded = np.array([known.gain, *(known.gain * known.shift), known.offset, limit, *skews], np.float32)
-        sums = _pass(self.frame, self.mask, at, equations.runs, equations.fields, self.template.image, rounded)
-        if equations.pixels - sums.left < min(FEWEST, equations.pixels // 2 + 1):
+        skew = template.grain / template.side**2 * _SKEW
+        (y, x), skews = known.shift, (skew * known.own / known.gain, skew * known.gain)
+        moved = known.gain * np.array([1, y, x, y * y / 2, y * x, x * x / 2])
+        rounded = np.array([*moved, known.offset, limit, *skews], np.float32)
+        runs, fields, side = equations.runs, equations.fields, template.side
+        sums = _pass(placed.means, placed.whole, runs, fields, template.image, side, template.apart, rounded)
+        if equations.bins - sums.left < min(FEWEST, equations.bins // 2 + 1):
             return None
         return _solved(sums, equations, known, rounded.astype(np.float64))
 
@@ -448,10 +473,10 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
 
     A solution farther than the model reaches is left at its border, from where the search goes on.
     """
-    part = 1 - sums.left / equations.pixels
+    part = 1 - sums.left / equations.bins
     model = equations.model + equations.shared * (1 - part)
     totals = equations.totals - sums.totals
-    data = sums.residual + (equations.linear - sums.linear) @ rounded[:3] + rounded[3] * totals
+    data = sums.residual + (equations.linear - sums.linear) @ rounded[:6] + rounded[6] * totals
     values = np.array([*known.shift, known.gain, known.offset])
     for _ in range(25):
         whole, left = _interpolate(model, values[:2], REACH), _interpolate(sums.model, values[:2], _NEAR)
@@ -468,7 +493,7 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
             return None
         if np.abs(step[:2]).max() < 1e-8:
             break
-    square = sums.squares / (equations.pixels - sums.left)
+    square = sums.squares / (equations.bins - sums.left)
     own = max(square - values[2] ** 2, 0.1 * square, 1e-3 * known.own)
     return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums)
 
@@ -497,8 +522,8 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
     sums, parameters = solved.sums, solved.parameters
     fraction, gain = parameters.shift, parameters.gain
     bread = np.linalg.inv(solved.jacobian)
-    used = template.whole.pixels - sums.left
-    part = used / template.whole.pixels
+    used = template.whole.bins - sums.left
+    part = used / template.whole.bins
     meat = _frame_scatter(sums.scatter, gain**2 * part * template.whole.products)
     meat[:2, :2] += gain**2 * np.einsum("klij,i,j->kl", template.wander, fraction, fraction)
     covariance = bread @ meat @ bread.T * _inflation(sums, used)

@@ -1,5 +1,9 @@
 """What refinement needs of a reference and no frame changes: templates, and the sums over them.
 
+Templates are smooth, so that they may be the same for all pixels of a small bin: any fixed templates give right shifts,
+and the bins are chosen such that these give hardly larger errors. What they are compared with keeps its pixels: bins of
+the reference are known at every pixel.
+
 See :mod:`stillframe.refine` for the equations these belong to.
 """
 
@@ -11,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
 
+from stillframe.bins import at_bins, bin_means, box_means
 from stillframe.ncc import Image, Mask
 from stillframe.noise import Noise, smooth, variance_of
 from stillframe.search import Float32, runs_of
@@ -21,10 +26,18 @@ Runs = npt.NDArray[np.int64]
 REACH = 3
 """Lags at which the model is known, on either side."""
 SIZE = 2 * REACH + 1
-APART = 3
-"""Pixels so far apart along both axes share no noise, but structure."""
 FEWEST = 64
-"""Fewer pixels give no shift."""
+"""Fewer bins give no shift."""
+LEVEL, INVERSE = 3, 9
+"""Places of the reference and of one over its standard deviation among the fields."""
+_APART = 3
+"""Pixels so far apart along both axes share no noise, but structure."""
+_SIDES = (4, 2)
+"""Pixels of a bin along either axis, where bins pay."""
+_LOSS = 0.02
+"""Bins may enlarge the variance of shifts by this part."""
+_MOST_USEFUL_BINS = 16_384
+"""With fewer bins than this in the support, time is no matter and smaller ones stand hits better."""
 _SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Standard deviations (px) of the Gaussians that are tried for the templates."""
 _KEPT_INFORMATION = 0.995
@@ -45,14 +58,14 @@ _SPARSEST = 12
 
 @dataclass(frozen=True, eq=False)
 class Equations:
-    """The estimating equations over some pixels of the reference."""
+    """The estimating equations over some bins of the reference."""
 
     runs: Runs
-    """Runs (row, first, stop) that hold the pixels; short gaps between these are part of them."""
+    """Runs (row, first, stop) of bins that hold them; short gaps between these are part of them."""
     fields: Float32
-    """Slopes along y and x of the smoothed reference, the latter itself, one over the standard deviation of the
-    reference, and, for uniform weights, their product with the standard deviation; (4 or 5, pixels of the runs), 0 in
-    gaps."""
+    """Means over each bin: slopes along y and x of the smoothed reference and the latter itself; the reference, its
+    slopes along y and x and its bends along yy, yx and xx; one over the standard deviation of the mean; and, for
+    uniform weights, their product with that deviation. (10 or 11, bins of the runs), 0 in gaps."""
     model: Image
     """Σ T_k(p) R(p + lag), noise taken off, (4, lags, lags)."""
     shared: Image
@@ -60,10 +73,10 @@ class Equations:
     totals: Image
     """Σ T_k, (4,)."""
     linear: Image
-    """Σ T_k times the reference and its slopes, (4, 3)."""
+    """Σ T_k times the reference, its slopes and its bends, (4, 6)."""
     products: Image
-    """Σ T_k T_l v of the reference's variance v, (4, 4)."""
-    pixels: int
+    """Σ T_k T_l v of the variance v of the reference's bins, (4, 4)."""
+    bins: int
     """How many there are, without gaps."""
 
 
@@ -71,8 +84,10 @@ class Equations:
 class Template:
     """All of a reference that refinement needs and no frame changes."""
 
+    side: int
+    """Pixels of a bin along either axis."""
     image: Float32
-    """The reference (y, x) less its level, 0 where invalid."""
+    """Mean of the reference less its level over the bin that begins at each pixel (y, x); 0 where invalid."""
     level: float
     """Mean of the reference."""
     whole: Equations
@@ -87,9 +102,10 @@ class Template:
     """Standard deviation of the templates' Gaussian, pixels."""
     common: Image
     """Covariance (2, 2), px², of the offset that the reference's own noise gives to all frames alike."""
+    apart: int
+    """Bins so far apart along both axes share no noise, but structure."""
     structure: float
-    """Mean product of pixels of the support that lie APART along both axes, each less the mean and over its standard
-    deviation."""
+    """Mean product of bins of the support that far apart, each less the mean and over its standard deviation."""
 
 
 def prepare_template(
@@ -107,7 +123,9 @@ def prepare_template(
     Returns None where the picture holds too little structure for its noise, or too few pixels.
     """
     width = smoothing or _best_smoothing(image, mask, noise, weights)
-    return None if width is None else _template(_Draft.of(image, mask, noise, weights, width), noise, level)
+    if width is None:
+        return None
+    return _template(_best_bins(_Smoothed.of(image, mask, noise, width), weights), noise, level)
 
 
 def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
@@ -115,12 +133,23 @@ def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) ->
     image, mask = _excerpt(image, mask)
     best, promised = None, np.inf
     for width in _SMOOTHINGS:
-        promise = _Draft.of(image, mask, noise, weights, width).promise()
+        promise = _Draft.of(_Smoothed.of(image, mask, noise, width), weights, 1).promise()
         if promise > promised:
             break
         if np.isfinite(promise):
             best, promised = width, promise
     return best
+
+
+def _best_bins(smoothed: "_Smoothed", weights: Weights) -> "_Draft":
+    """Choose the largest bins that promise hardly larger errors than single pixels."""
+    finest = _Draft.of(smoothed, weights, 1)
+    limit = finest.promise() * (1 + _LOSS)
+    for side in _SIDES:
+        draft = _Draft.of(smoothed, weights, side)
+        if np.count_nonzero(draft.support) >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
+            return draft
+    return finest
 
 
 def _excerpt(image: Image, mask: Mask) -> tuple[Image, Mask]:
@@ -135,30 +164,61 @@ def _excerpt(image: Image, mask: Mask) -> tuple[Image, Mask]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Draft:
-    """Templates of one smoothing, before the sums over them."""
+class _Smoothed:
+    """A reference smoothed for templates, pixel by pixel."""
 
     image: Image
+    mask: Mask
+    soft: Image
+    scatter: Image
+    inner: Mask
+    width: float
+
+    @classmethod
+    def of(cls, image: Image, mask: Mask, noise: Noise, width: float) -> "_Smoothed":
+        """Smooth the reference, and tell its variance and where all surroundings are valid."""
+        soft = smooth(image, mask, width)
+        scatter = np.where(mask, variance_of(soft, mask, noise), 0)
+        inner = scipy.ndimage.minimum_filter(mask, SIZE, mode="constant", cval=False)
+        return cls(image, mask, soft, scatter, inner, width)
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """Templates of one smoothing and one size of bins, before the sums over them; (y, x) are bins."""
+
+    smoothed: _Smoothed
+    side: int
+    boxes: Image
+    """The reference's means over the bin that begins at each pixel."""
     soft: Image
     slopes: Image
     scatter: Image
     weight: Image
     support: Mask
-    width: float
     uniform: float
 
     @classmethod
-    def of(cls, image: Image, mask: Mask, noise: Noise, weights: Weights, width: float) -> "_Draft":
-        """Smooth the reference, weigh its pixels and choose the support."""
-        soft = smooth(image, mask, width)
-        slopes = np.stack([scipy.ndimage.correlate1d(soft, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)])
-        scatter = np.where(mask, variance_of(soft, mask, noise), 0)
-        uniform = 0.0 if weights == "counts" else float(1 / scatter[mask].mean())
-        inverse = np.divide(1, scatter, out=np.zeros_like(scatter), where=mask)
-        weight = mask.astype(np.float64) * uniform if uniform else inverse
-        return cls(
-            image, soft, slopes, scatter, weight, _support(mask, weight * (slopes**2).sum(axis=0)), width, uniform
-        )
+    def of(cls, smoothed: _Smoothed, weights: Weights, side: int) -> "_Draft":
+        """Take means over bins, weigh these and choose the support."""
+        slopes = np.stack([bin_means(_slope(smoothed.soft, axis), side) for axis in (0, 1)])
+        scatter = bin_means(smoothed.scatter, side) / side**2
+        inner = bin_means(smoothed.inner, side) == 1
+        seen = bin_means(smoothed.mask, side) == 1
+        uniform = 0.0 if weights == "counts" or not seen.any() else float(1 / scatter[seen].mean())
+        inverse = np.divide(1, scatter, out=np.zeros_like(scatter), where=seen)
+        weight = seen.astype(np.float64) * uniform if uniform else inverse
+        support = _support(inner, weight * (slopes**2).sum(axis=0), side)
+        boxes = box_means(smoothed.image, side)
+        return cls(smoothed, side, boxes, bin_means(smoothed.soft, side), slopes, scatter, weight, support, uniform)
+
+    def known(self) -> Image:
+        """Return the bins of the reference, their slopes and their bends, (6, y, x)."""
+        boxes = self.boxes
+        slopes = [_slope(boxes, axis) for axis in (0, 1)]
+        bends = [scipy.ndimage.correlate1d(boxes, [1, -2, 1], axis=axis, mode="nearest") for axis in (0, 1)]
+        whole = (boxes, *slopes, bends[0], _slope(slopes[0], 1), bends[1])
+        return np.stack([at_bins(one, self.side) for one in whole])
 
     def promise(self) -> float:
         """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails.
@@ -168,7 +228,7 @@ class _Draft:
         if np.count_nonzero(self.support) < FEWEST:
             return np.inf
         templates = (self.weight * self.slopes)[:, self.support]
-        change = [scipy.ndimage.correlate1d(self.image, [-0.5, 0, 0.5], axis=axis)[self.support] for axis in (0, 1)]
+        change = [at_bins(_slope(self.boxes, axis), self.side)[self.support] for axis in (0, 1)]
         shared = curvature(self.shared_noise(self.support))
         jacobian = templates @ np.stack(change).T - shared
         if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or np.linalg.cond(jacobian) > _MOST_SKEWED:
@@ -178,43 +238,54 @@ class _Draft:
         drawn = np.abs(np.diag(shared)) / np.diag(jacobian)
         return float(np.trace(inverse @ variance @ inverse.T) + _PARTS * np.sum(drawn**2) / 12)
 
-    def shared_noise(self, pixels: Mask) -> Image:
-        """Expectation of Σ T_k(p) η(p + lag) over some pixels, (4, lags, lags).
+    def shared_noise(self, bins: Mask) -> Image:
+        """Expectation of Σ T_k(p) η(p + lag) over some bins, (4, lags, lags).
 
         T_k holds the smoothed noise η of the same picture.
         """
-        reach = int(4 * self.width + 0.5) + 4
+        reach = int(4 * self.smoothed.width + 0.5) + 8
         impulse = np.zeros((2 * reach + 1, 2 * reach + 1))
         impulse[reach, reach] = 1
-        kernel = scipy.ndimage.gaussian_filter(impulse, self.width, mode="constant")
-        kernels = [scipy.ndimage.correlate1d(kernel, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)]
+        kernel = scipy.ndimage.gaussian_filter(impulse, self.smoothed.width, mode="constant")
+        # Pairs of pixels of a bin, by their distance.
+        pairs = 1 - np.abs(np.arange(1 - self.side, self.side)) / self.side
+        for axis in (0, 1):
+            kernel = scipy.ndimage.correlate1d(kernel, pairs, axis=axis, mode="constant")
+        kernels = [_slope(kernel, axis) for axis in (0, 1)]
         lags = np.ix_(*[[reach - lag for lag in range(-REACH, REACH + 1)]] * 2)
-        total = float(self.weight[pixels] @ self.scatter[pixels])
+        total = float(self.weight[bins] @ self.scatter[bins])
         return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((SIZE, SIZE))])
+
+
+def _slope(image: Image, axis: int) -> Image:
+    return np.asarray(scipy.ndimage.correlate1d(image, [-0.5, 0, 0.5], axis=axis))
 
 
 def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     """Sum what the estimating equations need over the support."""
-    support = draft.support
-    image = draft.image.astype(np.float32)
+    support, side = draft.support, draft.side
     if np.count_nonzero(support) < FEWEST:
         return None
+    image = draft.boxes.astype(np.float32)
     whole = _equations(draft, image, support)
     slope = curvature(whole.model)
     if np.linalg.cond(slope) > _MOST_SKEWED:
         return None
-    step = int(np.clip(whole.pixels // _SAMPLED, 1, _SPARSEST))
+    step = int(np.clip(whole.bins // _SAMPLED, 1, _SPARSEST))
     inverse = np.linalg.inv(slope)
+    apart = -(-_APART // side)
     return Template(
+        side=side,
         image=image,
         level=level,
         whole=whole,
         sample=whole if step == 1 else _equations(draft, image, _every(support, step)),
-        wander=_wander(draft.weight * draft.slopes, support, draft.scatter),
+        wander=_wander(draft),
         grain=noise.gain,
-        smoothing=draft.width,
+        smoothing=draft.smoothed.width,
         common=inverse @ whole.products[:2, :2] @ inverse.T,
-        structure=_structure(draft.image, draft.scatter, support),
+        apart=apart,
+        structure=_structure(at_bins(draft.boxes, side), draft.scatter, support, apart),
     )
 
 
@@ -225,29 +296,28 @@ def _every(support: Mask, step: int) -> Mask:
 
 
 def _equations(draft: _Draft, image: Float32, support: Mask) -> Equations:
-    """Sum over some pixels."""
+    """Sum over some bins."""
     runs = _without_gaps(runs_of(support))
     inside = _inside(runs, support.shape)
     scatter = np.where(support, draft.scatter, 1.0)[inside]
     here = support[inside]
-    parts = [draft.slopes[0][inside], draft.slopes[1][inside], draft.soft[inside], 1 / np.sqrt(scatter)]
+    parts = [*draft.slopes[:, inside], draft.soft[inside], *draft.known()[:, inside], 1 / np.sqrt(scatter)]
     if draft.uniform:
         parts.append(draft.uniform * np.sqrt(scatter))
     fields = (np.stack(parts) * here).astype(np.float32)
     # As they are in the fields, to the last bit.
-    weight = fields[3].astype(np.float64) * fields[-1]
+    weight = fields[INVERSE].astype(np.float64) * fields[-1]
     templates = np.stack([weight * fields[0], weight * fields[1], weight * fields[2], weight])
-    known = np.stack([image[inside], fields[0], fields[1]]).astype(np.float64)
     shared = draft.shared_noise(support)
     return Equations(
         runs=runs,
         fields=fields,
-        model=_model_sums(image, runs, fields) - shared,
+        model=_model_sums(image, draft.side, runs, fields) - shared,
         shared=shared,
         totals=templates.sum(axis=1),
-        linear=templates @ known.T,
+        linear=templates @ fields[LEVEL:INVERSE].astype(np.float64).T,
         products=(templates * scatter) @ templates.T,
-        pixels=int(np.count_nonzero(here)),
+        bins=int(np.count_nonzero(here)),
     )
 
 
@@ -267,32 +337,32 @@ def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
     return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)
 
 
-def _structure(image: Image, scatter: Image, support: Mask) -> float:
-    """Mean product of pixels a little apart, to which noise adds nothing: not that of pixels, rows or columns."""
+def _structure(image: Image, scatter: Image, support: Mask, apart: int) -> float:
+    """Mean product of bins a little apart, to which noise adds nothing: not that of bins, rows or columns."""
     inverse = 1 / scatter[support]
     level = float(image[support] @ inverse / inverse.sum())
     known = np.where(support, (image - level) / np.sqrt(np.where(support, scatter, 1)), 0)
-    pairs = np.count_nonzero(support[APART:, APART:] & support[:-APART, :-APART])
-    return float((known[APART:, APART:] * known[:-APART, :-APART]).sum() / max(pairs, 1))
+    pairs = np.count_nonzero(support[apart:, apart:] & support[:-apart, :-apart])
+    return float((known[apart:, apart:] * known[:-apart, :-apart]).sum() / max(pairs, 1))
 
 
 @numba.njit(nogil=True, cache=True)
-def _model_sums(image: Float32, runs: Runs, fields: Float32) -> Image:
-    """Σ T_k(p) R(p + lag) over the pixels, (4, lags, lags)."""
+def _model_sums(image: Float32, side: int, runs: Runs, fields: Float32) -> Image:
+    """Σ T_k(p) R(p + lag) over the bins, (4, lags, lags)."""
     model = np.zeros((4, SIZE, SIZE))
     i = 0
     for k in range(runs.shape[0]):
         for column in range(runs[k, 1], runs[k, 2]):
-            weight = np.float64(fields[3, i]) * np.float64(fields[-1, i])
+            weight = np.float64(fields[INVERSE, i]) * np.float64(fields[-1, i])
             if weight > 0:
-                add_model(model, REACH, weight, fields[:, i], image, runs[k, 0], column)
+                add_model(model, REACH, weight, fields[:, i], image, runs[k, 0] * side, column * side)
             i += 1
     return model
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def add_model(model: Image, reach: int, weight: float, field: Float32, image: Float32, row: int, column: int) -> None:
-    """Add what one pixel gives to the model at lags up to ±reach."""
+    """Add what one bin, which begins at a pixel, gives to the model at lags up to ±reach."""
     for dy in range(2 * reach + 1):
         for dx in range(2 * reach + 1):
             value = weight * np.float64(image[row + dy - reach, column + dx - reach])
@@ -302,19 +372,19 @@ def add_model(model: Image, reach: int, weight: float, field: Float32, image: Fl
             model[3, dy, dx] += value
 
 
-def _support(mask: Mask, information: Image) -> Mask:
-    """Pixels whose surroundings are valid and that carry all but a little of the information.
+def _support(inner: Mask, information: Image, side: int) -> Mask:
+    """Bins whose surroundings are valid and that carry all but a little of the information.
 
     The choice is made on smoothed information, so that it does not follow the noise.
     """
-    whole = scipy.ndimage.binary_erosion(mask, np.ones((SIZE, SIZE)))
-    density = np.where(whole, scipy.ndimage.gaussian_filter(np.where(whole, information, 0), 4.0, mode="constant"), 0)
-    ordered = np.sort(density[whole])[::-1]
+    known = np.where(inner, information, 0)
+    density = np.where(inner, scipy.ndimage.gaussian_filter(known, 4.0 / side, mode="constant"), 0)
+    ordered = np.sort(density[inner])[::-1]
     if not ordered.size or ordered[0] <= 0:
-        return np.zeros_like(mask)
+        return np.zeros_like(inner)
     filled = np.cumsum(ordered)
     least = ordered[min(np.searchsorted(filled, _KEPT_INFORMATION * filled[-1]), len(ordered) - 1)]
-    return np.asarray(whole & (density >= least))
+    return np.asarray(inner & (density >= least))
 
 
 def curvature(model: Image) -> Image:
@@ -325,9 +395,11 @@ def curvature(model: Image) -> Image:
     return np.stack([along_y, along_x], axis=1)
 
 
-def _wander(templates: Image, support: Mask, scatter: Image) -> Image:
+def _wander(draft: _Draft) -> Image:
     """Scatter of Σ T_k η when the reference's noise η is read between its pixels, per fraction squared."""
-    inside = templates * support
-    slopes = [scipy.ndimage.correlate1d(one, [-0.5, 0, 0.5], axis=axis)[support] for one in inside for axis in (0, 1)]
-    flat = np.stack(slopes)
-    return np.asarray(((flat * scatter[support]) @ flat.T).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3))
+    inside = draft.weight * draft.slopes * draft.support / draft.side**2
+    height, width = (draft.side * length for length in draft.support.shape)
+    pixels = inside.repeat(draft.side, axis=1).repeat(draft.side, axis=2)
+    scatter = draft.smoothed.scatter[:height, :width].ravel()
+    flat = np.stack([_slope(one, axis).ravel() for one in pixels for axis in (0, 1)])
+    return np.asarray(((flat * scatter) @ flat.T).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3))
