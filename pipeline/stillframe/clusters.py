@@ -94,12 +94,19 @@ class OnCluster:
 
 def _outcome(future: Any) -> Any:
     """Return what a task returned or raised; a task that was lost with its scheduler stops the run."""
-    if future.status == "finished":
-        return future.result()
     if future.status == "error":
         return future.exception()
-    raise RunStopped(
-        f"the dask scheduler is gone or dropped the work ({future.status}). What is finished is kept: when a cluster "
+    if future.status != "finished":
+        raise _lost(future.status)
+    try:
+        return future.result()
+    except Exception as error:  # the task raised nothing, so that its result could not be fetched
+        raise _lost(error) from error
+
+
+def _lost(reason: object) -> RunStopped:
+    return RunStopped(
+        f"the dask scheduler is gone or dropped the work ({reason}). What is finished is kept: when a cluster "
         "runs again, give the same command."
     )
 
