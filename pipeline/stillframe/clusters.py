@@ -78,7 +78,10 @@ class OnCluster:
 
         def submit(count: int) -> None:
             for item in itertools.islice(waiting, count):
-                future = self.client.submit(work, item, pure=False, retries=1)
+                try:
+                    future = self.client.submit(work, item, pure=False, retries=1)
+                except Exception as error:  # nothing but a closed client: what is sent is plain
+                    raise _lost(error) from error
                 tasks[future] = item
                 done.add(future)
 
