@@ -412,6 +412,8 @@ class _Solved(NamedTuple):
     parameters: _Parameters
     jacobian: Image
     sums: _Sums
+    borne: float
+    """Part of the reference's variance that is in the residuals."""
 
 
 class _Placed(NamedTuple):
@@ -456,7 +458,8 @@ class _Problem(NamedTuple):
     def step(self, equations: Equations, placed: _Placed, known: _Parameters) -> _Solved | None:
         """Go through the bins with what is known, and solve with what that gives."""
         template = self.template
-        limit = _OUTLIER * np.sqrt(known.own + known.gain**2)
+        borne = _borne(known.shift, template.side)
+        limit = _OUTLIER * np.sqrt(known.own + known.gain**2 * borne)
         skew = template.grain / template.side**2 * _SKEW
         (y, x), skews = known.shift, (skew * known.own / known.gain, skew * known.gain)
         moved = known.gain * np.array([1, y, x, y * y / 2, y * x, x * x / 2])
@@ -465,10 +468,24 @@ class _Problem(NamedTuple):
         sums = _pass(placed.means, placed.whole, runs, fields, template.image, side, template.apart, rounded)
         if equations.bins - sums.left < min(FEWEST, equations.bins // 2 + 1):
             return None
-        return _solved(sums, equations, known, rounded.astype(np.float64))
+        return _solved(sums, equations, known, rounded.astype(np.float64), borne)
 
 
-def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Image) -> _Solved | None:
+def _borne(fraction: Image, side: int) -> float:
+    """Part of its variance that the noise of the reference keeps when moved by a fraction as for the residuals.
+
+    Values between pixels are weighted means, whose noise is less; the larger the bins are, the less so.
+    """
+    y, x = fraction
+    corner = y * x / 4
+    stencil = np.array([[corner, (y * y - y) / 2, -corner], [(x * x - x) / 2, 1 - y * y - x * x, (x * x + x) / 2]])
+    stencil = np.vstack([stencil, [-corner, (y * y + y) / 2, corner]])
+    lags = np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
+    shared = np.maximum(1 - lags / side, 0)
+    return float(np.sum(shared @ stencil @ shared * stencil))
+
+
+def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Image, borne: float) -> _Solved | None:
     """Newton's method on the four estimating equations.
 
     A solution farther than the model reaches is left at its border, from where the search goes on.
@@ -494,8 +511,8 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
         if np.abs(step[:2]).max() < 1e-8:
             break
     square = sums.squares / (equations.bins - sums.left)
-    own = max(square - values[2] ** 2, 0.1 * square, 1e-3 * known.own)
-    return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums)
+    own = max(square - borne * values[2] ** 2, 0.1 * square, 1e-3 * known.own)
+    return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums, borne)
 
 
 def _interpolate(model: Image, at: npt.NDArray[np.float64], reach: int) -> tuple[Image, Image, Image]:
@@ -524,7 +541,7 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
     bread = np.linalg.inv(solved.jacobian)
     used = template.whole.bins - sums.left
     part = used / template.whole.bins
-    meat = _frame_scatter(sums.scatter, gain**2 * part * template.whole.products)
+    meat = _frame_scatter(sums.scatter, gain**2 * solved.borne * part * template.whole.products)
     meat[:2, :2] += gain**2 * np.einsum("klij,i,j->kl", template.wander, fraction, fraction)
     covariance = bread @ meat @ bread.T * _inflation(sums, used)
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
