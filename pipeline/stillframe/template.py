@@ -44,8 +44,8 @@ _KEPT_INFORMATION = 0.995
 """Part of the Fisher information that the support keeps."""
 _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
-_PARTS = 0.05
-"""How many of the frames may be part of the reference."""
+_PARTS, _FEWEST_PARTS = 0.05, 8
+"""How many of the frames may be part of the reference, and of how many it is then the mean at least."""
 _BANDS, _BAND = 4, 128
 """Bands, and rows of each, by which the smoothing for a large picture is chosen."""
 _SAMPLED = 100_000
@@ -221,9 +221,10 @@ class _Draft:
         return np.stack([at_bins(one, self.side) for one in whole])
 
     def promise(self) -> float:
-        """Variance of shifts, px², that frames like the reference would have; infinite where noise prevails.
+        """Variance of shifts, px², that frames with the reference's noise would have; infinite where noise prevails.
 
         Some frames may be part of the reference: their own noise in the slopes draws them to a fraction of a pixel.
+        Their noise is that of the reference times the root of their number.
         """
         if np.count_nonzero(self.support) < FEWEST:
             return np.inf
@@ -236,7 +237,7 @@ class _Draft:
         variance = (templates * self.scatter[self.support]) @ templates.T
         inverse = np.linalg.inv(jacobian)
         drawn = np.abs(np.diag(shared)) / np.diag(jacobian)
-        return float(np.trace(inverse @ variance @ inverse.T) + _PARTS * np.sum(drawn**2) / 12)
+        return float(np.trace(inverse @ variance @ inverse.T) + _PARTS / _FEWEST_PARTS * np.sum(drawn**2) / 12)
 
     def shared_noise(self, bins: Mask) -> Image:
         """Expectation of Σ T_k(p) η(p + lag) over some bins, (4, lags, lags).
