@@ -5,7 +5,7 @@ import pytest
 
 from stillframe import Reference, masked_ncc, match_frames
 from stillframe.bins import bin_picture
-from stillframe.coarse import bin_factor
+from stillframe.coarse import bin_factors
 from stillframe.scene import Experiment, evaluate
 
 SHAPE = (512, 512)
@@ -84,8 +84,14 @@ def test_bins_are_means_of_their_valid_pixels():
 
 
 @pytest.mark.parametrize(
-    ("shape", "max_shift", "factor"),
-    [((2048, 2048), 32, 4), ((300, 400), 32, 2), ((128, 900), 8, 1), ((512, 512), 1, 1)],
+    ("shape", "max_shift", "factors"),
+    [
+        ((2048, 2048), 32, [8, 4]),
+        ((2048, 2048), 4, [4, 2]),
+        ((300, 400), 32, [2]),
+        ((128, 900), 8, []),
+        ((512, 512), 1, []),
+    ],
 )
-def test_small_pictures_and_small_searches_are_not_binned(shape, max_shift, factor):
-    assert bin_factor(shape, max_shift) == factor
+def test_small_pictures_and_small_searches_are_not_binned(shape, max_shift, factors):
+    assert bin_factors(shape, max_shift) == factors

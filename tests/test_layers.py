@@ -9,6 +9,7 @@ import stillframe
 
 NUMERIC = (
     "average",
+    "bins",
     "checks",
     "coarse",
     "errors",
@@ -23,6 +24,7 @@ NUMERIC = (
     "resample",
     "refine",
     "scene",
+    "score",
     "search",
     "selftest",
     "settings",

@@ -1,6 +1,6 @@
 """Pictures in bins of a few pixels' side: all that slow changes need, at a fraction of the pixels."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -10,6 +10,9 @@ import scipy.ndimage
 from stillframe.ncc import Image, Mask
 
 Float32 = npt.NDArray[np.float32]
+
+_SHORT = ("i1", "u1", "i2", "u2")
+"""Frames that are read as they are."""
 
 
 @numba.njit(nogil=True, cache=True)
@@ -42,43 +45,116 @@ def bin_picture(
     return out, pixels
 
 
+class Single(NamedTuple):
+    """A frame that single precision holds: its intensity is ``origin + scale · (value − base)``."""
+
+    values: npt.NDArray[Any]
+    base: float
+    origin: float
+    scale: float
+
+
+def in_single(frame: npt.NDArray[Any], mean: float, deviation: float) -> Single:
+    """Return short integers as they are, and others standardized.
+
+    Parameters
+    ----------
+    frame : ndarray, shape (y, x)
+        Native byte order, finite where valid.
+    mean, deviation : float
+        About those of its valid pixels.
+    """
+    if frame.dtype.str[1:] in _SHORT:
+        base = float(np.float32(mean))
+        return Single(frame, base, base, 1.0)
+    scale = deviation or 1.0
+    return Single(_standardized(frame, mean, scale), 0.0, mean, scale)
+
+
 @numba.njit(nogil=True, cache=True)
-def _add_valid(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], sums: Float32, whole: Mask) -> None:
-    """Add a row to the sums of its columns, and note which columns hold an invalid pixel."""
+def _standardized(frame: npt.NDArray[Any], origin: float, scale: float) -> Float32:
+    """Return (frame − origin) / scale."""
+    out = np.empty(frame.shape, np.float32)
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            out[y, x] = np.float32((np.float64(frame[y, x]) - origin) / scale)
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_moved(
+    values: npt.NDArray[Any],
+    valid: npt.NDArray[np.bool_],
+    fixed: Float32,
+    base: float,
+    sums: Float32,
+    whole: npt.NDArray[np.bool_],
+    products: Float32,
+) -> None:
+    """Add a row to the sums of its columns, note which columns hold an invalid pixel, and add up fixed · value."""
+    lowest = np.float32(base)
     for x in range(len(values)):
-        sums[x] += np.float32(values[x]) if valid[x] else np.float32(0)
+        value = np.float32(values[x]) - lowest if valid[x] else np.float32(0)
+        sums[x] += value
         whole[x] &= valid[x]
+        products[x] += fixed[x] * value
 
 
 @numba.njit(nogil=True, cache=True)
-def moved_bins(frame: npt.NDArray[Any], mask: Mask, shift: tuple[int, int], side: int) -> tuple[Float32, Mask]:
-    """Return the mean of each bin of a frame to which a whole-pixel shift was applied, and whether it is whole.
+def _join(sums: Float32, whole: npt.NDArray[np.bool_], side: int, means: Float32, good: npt.NDArray[np.bool_]) -> None:
+    """Turn sums of columns to means of bins."""
+    part = np.float32(1 / side**2)
+    for column in range(len(means)):
+        total, every = np.float32(0), True
+        for x in range(column * side, column * side + side):
+            total += sums[x]
+            every &= whole[x]
+        means[column], good[column] = total * part, every
 
-    A bin with an invalid pixel, or one beyond the frame's border, is not, and has no meaning.
+
+@numba.njit(nogil=True, cache=True)
+def moved_bins(
+    frame: npt.NDArray[Any],
+    mask: Mask,
+    base: float,
+    fixed: Float32,
+    shift: tuple[int, int],
+    side: int,
+    rows: npt.NDArray[np.int64],
+) -> tuple[Float32, Mask, float]:
+    """Return means over bins of (frame − base) to which a whole-pixel shift was applied, and which of these are whole.
+
+    A bin with an invalid pixel, or one beyond the frame's border, is not, and has no meaning. Only some rows of bins
+    are gone through. The third result is the sum over their valid pixels of ``fixed · (frame − base)``.
     """
     height, width = frame.shape
-    means, good = (
-        np.zeros((height // side, width // side), np.float32),
-        np.zeros((height // side, width // side), np.bool_),
-    )
-    first, last = max(0, -(-shift[1] // side)), min(width // side, (width + shift[1]) // side)
-    sums, whole = np.empty(width, np.float32), np.empty(width, np.bool_)
-    part, left, size = np.float32(1 / side**2), first * side - shift[1], (last - first) * side
-    for row in range(height // side):
-        top = row * side - shift[0]
-        if top < 0 or top + side > height or size <= 0:
-            continue
-        sums[:], whole[:] = 0, True
-        for y in range(top, top + side):
-            _add_valid(frame[y, left : left + size], mask[y, left : left + size], sums[:size], whole[:size])
-        for column in range(last - first):
-            total, every = np.float32(0), True
-            for x in range(column * side, column * side + side):
-                total += sums[x]
-                every &= whole[x]
-            means[row, first + column] = total * part
-            good[row, first + column] = every
-    return means, good
+    means = np.zeros((height // side, width // side), np.float32)
+    good = np.zeros(means.shape, np.bool_)
+    sums, whole, products = np.empty(width, np.float32), np.empty(width, np.bool_), np.zeros(width, np.float32)
+    first, last = max(0, shift[1]), max(0, min(width, width + shift[1]))
+    for row in rows:
+        sums[:], whole[:] = 0, False
+        whole[first:last] = True
+        for y in range(row * side, min(row * side + side, height)):
+            from_row = y - shift[0]
+            if from_row < 0 or from_row >= height or first >= last:
+                whole[:] = False
+                continue
+            _add_moved(
+                frame[from_row, first - shift[1] : last - shift[1]],
+                mask[from_row, first - shift[1] : last - shift[1]],
+                fixed[y, first:last],
+                base,
+                sums[first:last],
+                whole[first:last],
+                products[first:last],
+            )
+        if row < len(means):
+            _join(sums, whole, side, means[row], good[row])
+    total = 0.0
+    for x in range(width):
+        total += np.float64(products[x])
+    return means, good, total
 
 
 def box_means(image: Image, side: int) -> Image:

@@ -19,15 +19,20 @@ from stillframe.search import Search, Statistics, statistics
 
 _FEWEST_BINS = 128
 """Along the shorter axis; smaller pictures are searched as they are."""
-_FACTORS = (4, 2)
+_FACTORS = (8, 4, 2)
 """Pixels of a bin along either axis."""
+_TRIES = 2
+"""Sizes of bins that are tried before single pixels."""
 _FULL = 0.5
 """A bin with less than this part of its pixels is not looked at."""
+_SLACK = 0.25
+"""The vertex of a parabola may be wrong by this part of a bin."""
 
 
-def bin_factor(shape: tuple[int, int], max_shift: int) -> int:
-    """Return the bins' side, pixels; 1 where binning does not pay."""
-    return next((factor for factor in _FACTORS if min(shape) >= _FEWEST_BINS * factor and max_shift >= factor), 1)
+def bin_factors(shape: tuple[int, int], max_shift: int) -> list[int]:
+    """Return the bins' sides to try in turn, pixels; none where binning does not pay."""
+    fit = [factor for factor in _FACTORS if min(shape) >= _FEWEST_BINS * factor and max_shift >= factor]
+    return fit[:_TRIES]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +85,10 @@ class CoarseSearch:
         row, column = peak.shift[0] + middle, peak.shift[1] + middle
         fractions = _vertex(ncc[row - 1 : row + 2, column]), _vertex(ncc[row, column - 1 : column + 2])
         place = [round(self.factor * (place + part)) for place, part in zip(peak.shift, fractions, strict=True)]
-        return peak._replace(shift=(place[0], place[1])) if max(map(abs, place)) < self.max_shift - 1 else None
+        slack = max(1.0, _SLACK * self.factor)
+        if max(map(abs, place)) >= self.max_shift - slack:
+            return None
+        return peak._replace(shift=(place[0], place[1]), reach=self.max_shift, slack=slack)
 
     def _decisive(self, peak: Peak) -> bool:
         """Tell whether neither noise nor another peak can have made this the highest."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.average import AT_ONCE, Read, chosen_frames, mean_image, one_frame
+from stillframe.bins import in_single
 from stillframe.checks import native
 from stillframe.hits import find_hits
 from stillframe.match import judge, match_frames
@@ -247,8 +248,10 @@ class _Pile:
             return
         start = round(float(match["dy"])), round(float(match["dx"]))
         values = native(frame, "a frame", 2)
-        seen = statistics(values, self.reference.frame_mask, np.inf)
-        estimate = refine(values, self.reference.frame_mask, seen, start, self.reference.template)
+        mask, fixed = self.reference.frame_mask, self.reference.standardized
+        seen = statistics(values, mask, np.inf)
+        single = in_single(values, seen.mean, seen.deviation)
+        estimate = refine(single, mask, start, self.reference.template, fixed)
         if estimate is None:
             return
         explained = self._explained(values, estimate)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.special
 
+from stillframe.bins import Single, in_single
 from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
@@ -17,7 +18,7 @@ from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
 from stillframe.search import Statistics, statistics
 
-KERNEL_VERSION = 3
+KERNEL_VERSION = 4
 """Raised whenever the same frames and settings would give other numbers."""
 
 MATCH_DTYPE = np.dtype(
@@ -133,25 +134,31 @@ def _match(frame: npt.NDArray[Any], reference: Reference, mask: Mask | None) -> 
     valid = reference.frame_mask if mask is None else mask
     limit = saturation_limit(frame.dtype, reference.saturation)
     seen = statistics(frame, valid, limit)
-    pixels = int(np.count_nonzero(valid))
+    pixels = reference.frame_pixels if mask is None else int(np.count_nonzero(valid))
     if seen.not_finite or not pixels:
         return no_match(Flag.CORRUPT)
     tamed, seen_tamed = _tame(frame, seen, valid, reference)
     unusable = judge(seen_tamed._replace(saturated=seen.saturated), pixels, reference.contrast)
     if unusable:
         return no_match(unusable, seen.mean)
+    single = in_single(frame, seen.mean, seen.deviation)
+    compared = single if tamed is frame else in_single(tamed, seen_tamed.mean, seen_tamed.deviation)
     fitted = valid & (frame < limit) if seen.saturated else valid
-    return _search_and_refine(_Frame(frame, fitted, tamed, seen_tamed, mask, seen.mean), reference)
+    return _search_and_refine(_Frame(single, fitted, valid, tamed, compared, seen_tamed, mask, seen.mean), reference)
 
 
 class _Frame(NamedTuple):
     """One frame on its way to a shift."""
 
-    pixels: npt.NDArray[Any]
-    valid: Mask
+    pixels: Single
+    fitted: Mask
     """Pixels that may be fitted."""
+    valid: Mask
+    """Pixels that may be compared."""
     tamed: npt.NDArray[Any]
     """The pixels without hits that would outweigh all others in a correlation."""
+    compared: Single
+    """The same, for single precision."""
     seen: Statistics
     """Of the tamed pixels."""
     mask: Mask | None
@@ -226,24 +233,32 @@ def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) ->
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
         return _whole(peak, reference, frame.intensity, known)
-    estimate = refine(frame.pixels, frame.valid, frame.seen, peak.shift, reference.template)
+    fixed = reference.standardized
+    estimate = refine(frame.pixels, frame.fitted, peak.shift, reference.template, fixed, peak.slack)
+    objection = _objection(estimate, peak, reference, frame.intensity)
+    if estimate is None or objection:
+        return _record(_scored(frame, peak, peak.shift, reference), reference, frame.intensity, objection)
+    nearest = round(float(estimate.shift[0])), round(float(estimate.shift[1]))
+    same = nearest == estimate.start and frame.compared is frame.pixels and frame.fitted is frame.valid
+    scored = _scored(frame, peak, nearest, reference, estimate.product if same else None)
+    return _record(scored, reference, frame.intensity, Flag(known), *estimate[:2])
+
+
+def _objection(estimate: Estimate | None, peak: Peak, reference: Reference, intensity: float) -> Flag:
+    """Say what speaks against a refined peak, if anything does."""
     if estimate is None or _no_match(estimate, peak.lags):
-        return _record(peak, reference, frame.intensity, _unmatched(reference, frame.intensity))
+        return _unmatched(reference, intensity)
     if _ambiguous(peak, reference):
-        return _record(peak, reference, frame.intensity, Flag.AMBIGUOUS_PEAK)
-    if np.abs(estimate.shift).max() > peak.reach + _FARTHEST:
-        return _record(peak, reference, frame.intensity, Flag.AT_EDGE)
-    return _record(_at(peak, estimate.shift, frame, reference), reference, frame.intensity, Flag(known), *estimate[:2])
+        return Flag.AMBIGUOUS_PEAK
+    return Flag.AT_EDGE if np.abs(estimate.shift).max() > peak.reach + _FARTHEST else Flag(0)
 
 
-def _at(peak: Peak, shift: Image, frame: _Frame, reference: Reference) -> Peak:
-    """Return the peak with the score at the whole-pixel shift nearest to the refined one."""
-    nearest = round(float(shift[0])), round(float(shift[1]))
-    if nearest == peak.shift and reference.coarse and frame.mask is None:
-        return peak
-    valid = reference.frame_mask if frame.mask is None else frame.mask
-    score, pixels = reference.score_at(nearest, frame.tamed, frame.seen, valid)
-    return peak._replace(score=score, pixels=float(pixels))
+def _scored(
+    frame: _Frame, peak: Peak, shift: tuple[int, int], reference: Reference, product: float | None = None
+) -> Peak:
+    """Return the peak with the score of single pixels at a whole-pixel shift."""
+    score, pixels = reference.score(shift, frame.compared, frame.seen, frame.valid, product)
+    return peak.scored(score, pixels) if peak.slack else peak._replace(score=score, pixels=float(pixels))
 
 
 def _whole(peak: Peak, reference: Reference, intensity: float, known: int) -> tuple[float, ...]:
@@ -287,7 +302,7 @@ def _record(
     shift: Image | None = None,
     covariance: Image | None = None,
 ) -> tuple[float, ...]:
-    part = peak.pixels / np.count_nonzero(reference.trusted)
+    part = peak.pixels / reference.trusted_pixels
     rest = (peak.score, peak.second_score, part, intensity, int(flag))
     if shift is None or covariance is None or flag & ~Flag.AT_EDGE:
         return (*(np.nan,) * 5, *rest)

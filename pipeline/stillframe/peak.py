@@ -26,18 +26,18 @@ class Peak(NamedTuple):
     pixels: float
     reach: int
     """Half width of the window that was searched, pixels."""
+    slack: float = 0.0
+    """By how much the shift may be wrong because it was found in bins, pixels; 0 where it was not."""
 
     @property
     def lags(self) -> int:
         """Shifts that were tried."""
         return (2 * self.reach + 1) ** 2
 
-    def at(self, shift: tuple[int, int], score: float, pixels: int, reach: int) -> "Peak":
-        """Return the same peak seen pixel by pixel; what was lower in bins is so by the same part."""
+    def scored(self, score: float, pixels: int) -> "Peak":
+        """Return the same peak with the score of single pixels; what was lower in bins is so by the same part."""
         part = score / self.score
-        return self._replace(
-            shift=shift, score=score, second_score=self.second_score * part, pixels=float(pixels), reach=reach
-        )
+        return self._replace(score=score, second_score=self.second_score * part, pixels=float(pixels))
 
     @property
     def at_edge(self) -> bool:

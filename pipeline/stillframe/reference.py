@@ -10,13 +10,15 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from stillframe.bins import Single, moved_bins
 from stillframe.checks import as_mask, native
-from stillframe.coarse import CoarseSearch, bin_factor
+from stillframe.coarse import CoarseSearch, bin_factors
 from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
-from stillframe.search import Search, Statistics, score_at, statistics
+from stillframe.score import Holes, Moments, Picture, masked_score
+from stillframe.search import Search, Statistics, statistics
 from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
@@ -158,33 +160,61 @@ class Reference:
     def find_peak(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> Peak | None:
         """Return the highest masked NCC of a frame within the search; None where it is nowhere defined.
 
-        What is refined later is looked for in bins first; where these leave a doubt, pixel by pixel.
+        What is refined later is looked for in bins first; where these leave a doubt, in smaller ones and pixel by
+        pixel. The scores are those of what was searched.
         """
-        near = self.coarse.find(frame, seen) if self.coarse and frame_mask is None else None
-        if near is None:
-            return self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
-        score, pixels = self.score_at(near.shift, frame, seen, self.frame_mask)
-        return near.at(near.shift, score, pixels, self.max_shift)
+        near = next(filter(None, (one.find(frame, seen) for one in self.coarse if frame_mask is None)), None)
+        return near or self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
 
-    def score_at(
-        self, shift: tuple[int, int], frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask
+    def score(
+        self, shift: tuple[int, int], frame: Single, seen: Statistics, mask: Mask, product: float | None = None
     ) -> tuple[float, int]:
-        """Return the masked NCC at one whole-pixel shift, and the pixels valid in both."""
-        scale = 1 / (seen.deviation or 1.0)
-        return score_at(frame, frame_mask, self._standardized, self.trusted, shift, seen.mean, scale)
+        """Return the masked NCC at one whole-pixel shift, and the pixels valid in both.
+
+        ``product`` is that of ``standardized`` with the frame there, if it is known.
+        """
+        known = mask is self.frame_mask
+        holes, pixels = (self._holes, self.frame_pixels) if known else (Holes.of(mask), np.count_nonzero(mask))
+        if product is None:
+            rows = np.arange(self.shape[0])
+            *_, product = moved_bins(frame.values, mask, frame.base, self.standardized, shift, 1, rows)
+        return masked_score(product, shift, Picture.of(frame, mask, seen, int(pixels), holes), self._picture)
 
     @cached_property
-    def _standardized(self) -> npt.NDArray[np.float32]:
+    def standardized(self) -> npt.NDArray[np.float32]:
+        """The trusted pixels less their mean over their standard deviation, 0 elsewhere."""
         seen = statistics(self.image, self.trusted, np.inf)
         centred = (self.image.astype(np.float64) - seen.mean) / (seen.deviation or 1.0)
         return np.where(self.trusted, centred, 0).astype(np.float32)
 
     @cached_property
-    def coarse(self) -> CoarseSearch | None:
-        """The same search in bins; None where pictures are small, or whole pixels are wanted."""
-        factor = bin_factor(self.shape, self.max_shift)
-        if factor == 1 or self.template is None:
-            return None
+    def _picture(self) -> Picture:
+        known = self.standardized[self.trusted].astype(np.float64)
+        moments = Moments(known.size, float(known.sum()), float(known @ known))
+        return Picture(self.standardized, self.trusted, 0.0, moments, Holes.of(self.trusted))
+
+    @cached_property
+    def _holes(self) -> Holes:
+        return Holes.of(self.frame_mask)
+
+    @cached_property
+    def frame_pixels(self) -> int:
+        """How many pixels of frames are valid."""
+        return int(np.count_nonzero(self.frame_mask))
+
+    @property
+    def trusted_pixels(self) -> int:
+        """How many of the image are trusted."""
+        return self._picture.moments.pixels
+
+    @cached_property
+    def coarse(self) -> list[CoarseSearch]:
+        """The same search in bins, the largest first; none where pictures are small, or whole pixels are wanted."""
+        if self.template is None:
+            return []
+        return [self._coarse_in(factor) for factor in bin_factors(self.shape, self.max_shift)]
+
+    def _coarse_in(self, factor: int) -> CoarseSearch:
         smoothing = self.search_smoothing / factor
         return CoarseSearch(
             self.image,
@@ -265,11 +295,9 @@ class Reference:
 
     def prepare(self) -> None:
         """Compute now what every frame needs, so that threads find it ready."""
-        if self.coarse:
-            self.coarse.prepare()
-        else:
-            self.search.prepare()
-        _ = self.template, self.contrast, self._levels, self._standardized
+        first = self.coarse[0] if self.coarse else self.search
+        first.prepare()
+        _ = self.template, self.contrast, self._levels, self._picture, self._holes, self.frame_pixels
 
     @cached_property
     def contrast(self) -> float:

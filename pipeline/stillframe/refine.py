@@ -16,20 +16,17 @@ pixel whose residual no noise explains (a hot pixel, an x-ray hit) is left out, 
 the model with it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.special
 
-from stillframe.bins import moved_bins
+from stillframe.bins import Float32, Single, moved_bins
 from stillframe.ncc import Image, Mask
-from stillframe.search import Float32, Statistics
-from stillframe.template import FEWEST, INVERSE, LEVEL, REACH, Equations, Runs, Template, add_model
+from stillframe.template import FEWEST, INVERSE, LAGS, LEVEL, REACH, SIZE, Equations, Runs, Template, add_model
 
-_NEAR = 3
-"""Lags at which the model of pixels that are left out is known, on either side."""
 _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
 _SKEW = (_OUTLIER**2 - 1) / 6
@@ -52,10 +49,8 @@ _NEAR_LAGS = 12
 """Distances of up to two bins along both axes, one direction each."""
 _ROWS, _MARGIN = 4, 3
 """Rows, and columns beyond both ends of a row, that are held to look for what bins have in common."""
-_GUESSED = 20_000
+_GUESSED = 5_000
 """Bins that the first guess looks at."""
-_SHORT = ("i1", "u1", "i2", "u2")
-"""Frames that are read as they are; others are standardized, so that single precision holds them."""
 
 
 class Estimate(NamedTuple):
@@ -79,6 +74,10 @@ class Estimate(NamedTuple):
     """Part of the frame's structure, its noise aside, that the reference at this shift does not explain."""
     mismatch_significance: float
     """The unexplained structure in standard errors of what noise alone would show."""
+    start: tuple[int, int]
+    """Whole-pixel shift that was applied."""
+    product: float
+    """Σ fixed · (frame − base) there, over the frame's valid pixels."""
 
 
 class _Parameters(NamedTuple):
@@ -147,16 +146,19 @@ def _residuals(
 
 @numba.njit(nogil=True, cache=True)
 def _add(
-    residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, columns: Float32
+    residuals: Float32, slope_y: Float32, slope_x: Float32, soft: Float32, pull: Float32, columns: Float32, first: int
 ) -> None:
     """Add what one run gives to the sums of its columns: T_k r, the upper triangle of T_k T_l r², r².
 
     Columns are summed up at the end: each step here stands for itself, so that the compiler may go through many at a
     time and every machine code gives the same bits.
     """
-    s0, s1, s2, s3, squares = columns[0], columns[1], columns[2], columns[3], columns[14]
-    s00, s01, s02, s03, s11 = columns[4], columns[5], columns[6], columns[7], columns[8]
-    s12, s13, s22, s23, s33 = columns[9], columns[10], columns[11], columns[12], columns[13]
+    stop = first + len(residuals)
+    s0, s1, s2, s3 = columns[0, first:stop], columns[1, first:stop], columns[2, first:stop], columns[3, first:stop]
+    s00, s01, s02, s03 = columns[4, first:stop], columns[5, first:stop], columns[6, first:stop], columns[7, first:stop]
+    s11, s12, s13 = columns[8, first:stop], columns[9, first:stop], columns[10, first:stop]
+    s22, s23, s33 = columns[11, first:stop], columns[12, first:stop], columns[13, first:stop]
+    squares = columns[14, first:stop]
     for i in range(len(residuals)):
         value = residuals[i]
         a3 = pull[i] * value
@@ -199,11 +201,18 @@ def _add_near_products(recent: Float32, row: int, first: int, stop: int, columns
 
 @numba.njit(nogil=True, cache=True)
 def _leave_out(
-    fields: Float32, image: Float32, row: int, column: int, model: Image, totals: Image, linear: Image
+    fields: Float32,
+    image: Float32,
+    row: int,
+    column: int,
+    patch: Image,
+    model: Image,
+    totals: Image,
+    linear: Image,
 ) -> None:
     """Add what one bin that is left out, beginning at a pixel, would have given."""
     weight = np.float64(fields[INVERSE]) * np.float64(fields[-1])
-    add_model(model, _NEAR, weight, fields, image, row, column)
+    add_model(model, weight, fields, image, row, column, patch)
     for k in range(4):
         template = weight if k == 3 else weight * np.float64(fields[k])
         totals[k] += template
@@ -223,11 +232,11 @@ def _pass(
     parameters: Float32,
 ) -> _Sums:
     """Go through the bins once, a run at a time."""
-    totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, 2 * _NEAR + 1, 2 * _NEAR + 1))
+    totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, LAGS))
     width = means.shape[1]
     columns = np.zeros((17, width), np.float32)
     slope_y, slope_x, soft, level, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[9], fields[-1]
-    kept = np.empty(width, np.uint8)
+    kept, patch = np.empty(width, np.uint8), np.empty(LAGS)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
     recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), np.full(_ROWS, -1)
     left, outliers, a, pairs = 0, 0, 0, 0
@@ -253,7 +262,7 @@ def _pass(
             found,
             kept,
         )
-        _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns[:, first:stop])
+        _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns, first)
         if rows[above] == row - apart:
             _add_products(
                 found, recent[above, first + _MARGIN - apart : stop + _MARGIN - apart], columns[15, first:stop]
@@ -265,18 +274,18 @@ def _pass(
             if not kept[j] and inverse[a + j] > 0:
                 left += 1
                 outliers += whole[row, first + j]
-                _leave_out(fields[:, a + j], image, row * side, (first + j) * side, model, totals, linear)
+                _leave_out(fields[:, a + j], image, row * side, (first + j) * side, patch, model, totals, linear)
         a = b
     sums = np.zeros(17)
     for k in range(17):
         for x in range(width):
             sums[k] += np.float64(columns[k, x])
-    scatter, n = np.zeros((4, 4)), 4
+    scatter, lags, n = np.zeros((4, 4)), model.reshape(4, SIZE, SIZE), 4
     for i in range(4):
         for j in range(i, 4):
             scatter[i, j] = scatter[j, i] = sums[n]
             n += 1
-    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, outliers)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, lags, totals, linear, left, outliers)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -320,27 +329,22 @@ def _square_within(part: float) -> float:
 
 
 def refine(
-    frame: npt.NDArray[Any],
-    mask: Mask,
-    seen: Statistics,
-    start: tuple[int, int],
-    template: Template,
-    slack: float = 0.0,
+    frame: Single, mask: Mask, start: tuple[int, int], template: Template, fixed: Float32, slack: float = 0.0
 ) -> Estimate | None:
     """Refine a whole-pixel shift.
 
     Parameters
     ----------
-    frame : ndarray, shape (y, x)
-        Native byte order, finite where valid.
+    frame : Single
+        Of shape (y, x), finite where valid.
     mask : ndarray of bool, shape (y, x)
         Valid pixels of the frame.
-    seen : Statistics
-        Of those pixels.
     start : tuple of int
         Whole-pixel shift to apply, right to a few pixels.
     template : Template
         What the reference was prepared to.
+    fixed : ndarray of float32, shape (y, x)
+        What ``Estimate.product`` is to be taken with.
     slack : float
         Pixels by which the start may be wrong besides.
 
@@ -349,53 +353,26 @@ def refine(
     Estimate or None
         None where the equations have no solution near the start.
     """
-    values, unit = _in_single(frame, seen)
     reach = _WALK * max(1.0, template.smoothing) + slack
-    problem = _Problem(values, mask, template)
-    placed, known = problem.begin(problem.at(start))
-    if known is None:
-        return None
+    problem = _Problem(frame, mask, template, fixed)
+    at, known = problem.begin(start)
     tried: set[tuple[int, int]] = set()
     for _ in range(_STARTS):
-        at = placed.start
+        if known is None or np.abs(at + known.shift - start).max() > reach:
+            return None
+        placed = problem.at(at, template.whole)
         solved = problem.step(template.whole, placed, known)
         if solved is None or np.abs(at + solved.parameters.shift - start).max() > reach:
             return None
-        step, known = np.abs(solved.parameters.shift - known.shift).max(), solved.parameters
-        there, moved = _moved(at, known)
+        step = np.abs(solved.parameters.shift - known.shift).max()
+        there, known = _moved(at, solved.parameters)
         # Between two starts that each point to the other, either will do.
         if there in tried or (there == at and step <= _FAR_STEP):
-            return _estimate(solved, template, at, unit)
+            return _estimate(solved, template, placed, frame)
         if there != at:
             tried.add(at)
-            placed = problem.at(there)
-        known = moved
+        at = there
     return None
-
-
-class _Unit(NamedTuple):
-    """What a frame is measured in: its intensity is ``origin + scale · value``."""
-
-    origin: float
-    scale: float
-
-
-def _in_single(frame: npt.NDArray[Any], seen: Statistics) -> tuple[npt.NDArray[Any], _Unit]:
-    """Return the frame in a dtype that single precision holds, and its unit."""
-    if frame.dtype.str[1:] in _SHORT:
-        return frame, _Unit(0.0, 1.0)
-    unit = _Unit(seen.mean, seen.deviation or 1.0)
-    return _standardized(frame, *unit), unit
-
-
-@numba.njit(nogil=True, cache=True)
-def _standardized(frame: npt.NDArray[Any], origin: float, scale: float) -> Float32:
-    """Return (frame − origin) / scale."""
-    out = np.empty(frame.shape, np.float32)
-    for y in range(frame.shape[0]):
-        for x in range(frame.shape[1]):
-            out[y, x] = np.float32((np.float64(frame[y, x]) - origin) / scale)
-    return out
 
 
 def _moved(at: tuple[int, int], known: _Parameters) -> tuple[tuple[int, int], _Parameters]:
@@ -422,38 +399,41 @@ class _Placed(NamedTuple):
     start: tuple[int, int]
     means: Float32
     whole: Mask
+    product: float
 
 
 class _Problem(NamedTuple):
     """One frame to be laid on one reference."""
 
-    frame: npt.NDArray[Any]
+    frame: Single
     mask: Mask
     template: Template
+    fixed: Float32
 
-    def at(self, start: tuple[int, int]) -> _Placed:
-        """Apply a whole-pixel shift."""
-        return _Placed(start, *moved_bins(self.frame, self.mask, start, self.template.side))
+    def at(self, start: tuple[int, int], equations: Equations) -> _Placed:
+        """Apply a whole-pixel shift, for the bins of some equations."""
+        values, base = self.frame.values, self.frame.base
+        bins = moved_bins(values, self.mask, base, self.fixed, start, self.template.side, equations.rows)
+        return _Placed(start, *bins)
 
-    def begin(self, placed: _Placed) -> tuple[_Placed, _Parameters | None]:
+    def begin(self, start: tuple[int, int]) -> tuple[tuple[int, int], _Parameters | None]:
         """Solve for a sample of the rows, from a guess; None where too few bins meet."""
-        sample = self.template.sample
-        step = max(1, sample.bins // _GUESSED)
-        few = _sampled(placed.means, placed.whole, sample.runs, sample.fields, step)
+        sample, at = self.template.sample, start
+        placed = self.at(at, sample)
+        few = _sampled(placed.means, placed.whole, sample.runs, sample.fields, max(1, sample.bins // _GUESSED))
         if few.shape[1] < min(FEWEST, sample.bins):
-            return placed, None
+            return start, None
         known = guess = _guess(few, max(_USUAL**self.template.side**2, _USUAL_BINS))
-        first = placed
-        for _ in range(_PASSES if sample is not self.template.whole else _PASSES - 1):
+        for _ in range(_PASSES):
             solved = self.step(sample, placed, known)
             if solved is None:
-                return first, guess
+                return start, guess
             step_length = np.abs(solved.parameters.shift - known.shift).max()
-            there, known = _moved(placed.start, solved.parameters)
-            placed = placed if there == placed.start else self.at(there)
+            at, known = _moved(at, solved.parameters)
             if step_length < _SETTLED:
                 break
-        return placed, known
+            placed = placed if at == placed.start else self.at(at, sample)
+        return at, known
 
     def step(self, equations: Equations, placed: _Placed, known: _Parameters) -> _Solved | None:
         """Go through the bins with what is known, and solve with what that gives."""
@@ -491,13 +471,12 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
     A solution farther than the model reaches is left at its border, from where the search goes on.
     """
     part = 1 - sums.left / equations.bins
-    model = equations.model + equations.shared * (1 - part)
+    model = equations.model + equations.shared * (1 - part) - sums.model
     totals = equations.totals - sums.totals
     data = sums.residual + (equations.linear - sums.linear) @ rounded[:6] + rounded[6] * totals
     values = np.array([*known.shift, known.gain, known.offset])
     for _ in range(25):
-        whole, left = _interpolate(model, values[:2], REACH), _interpolate(sums.model, values[:2], _NEAR)
-        expected, along_y, along_x = (one - other for one, other in zip(whole, left, strict=True))
+        expected, along_y, along_x = _interpolate(model, values[:2])
         gain, offset = values[2:]
         jacobian = np.stack([gain * along_y, gain * along_x, expected, totals], axis=1)
         try:
@@ -515,26 +494,20 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
     return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums, borne)
 
 
-def _interpolate(model: Image, at: npt.NDArray[np.float64], reach: int) -> tuple[Image, Image, Image]:
+def _interpolate(model: Image, at: npt.NDArray[np.float64]) -> tuple[Image, Image, Image]:
     """Value and slopes of the (4, lags, lags) model between its lags, by the polynomial through all of them."""
-    (weights_y, slopes_y), (weights_x, slopes_x) = (_lagrange(float(one), reach) for one in at)
+    powers = np.power(at[:, None], _ORDER)
+    slopes = _ORDER * np.power(at[:, None], np.maximum(_ORDER - 1, 0))
+    (weights_y, weights_x), (slopes_y, slopes_x) = powers @ _INVERSE_VANDERMONDE, slopes @ _INVERSE_VANDERMONDE
     along_x = model @ np.stack([weights_x, slopes_x], axis=1)
     return along_x[..., 0] @ weights_y, along_x[..., 0] @ slopes_y, along_x[..., 1] @ weights_y
 
 
-def _lagrange(x: float, reach: int) -> tuple[Image, Image]:
-    """Weights and their derivatives of the values at the lags in the polynomial through them."""
-    order = np.arange(2 * reach + 1, dtype=np.float64)
-    powers, slopes = x**order, order * x ** np.maximum(order - 1, 0)
-    return powers @ _INVERSE_VANDERMONDE[reach], slopes @ _INVERSE_VANDERMONDE[reach]
+_ORDER = np.arange(SIZE, dtype=np.float64)
+_INVERSE_VANDERMONDE = np.linalg.inv(np.vander(np.arange(-REACH, REACH + 1.0), increasing=True))
 
 
-_INVERSE_VANDERMONDE = {
-    reach: np.linalg.inv(np.vander(np.arange(-reach, reach + 1.0), increasing=True)) for reach in (_NEAR, REACH)
-}
-
-
-def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit: _Unit) -> Estimate:
+def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single) -> Estimate:
     """Sandwich covariance of the solution, with what the reference's noise adds differently at each fraction."""
     sums, parameters = solved.sums, solved.parameters
     fraction, gain = parameters.shift, parameters.gain
@@ -548,7 +521,7 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
     unexplained, scale = max(sums.apart, 0.0) / used, sums.squares / used
     whole = unexplained + gain**2 * template.structure
     return Estimate(
-        shift=np.array(start) + fraction,
+        shift=np.array(placed.start) + fraction,
         covariance=covariance[:2, :2],
         gain=gain * unit.scale,
         offset=parameters.offset * unit.scale + unit.origin,
@@ -557,6 +530,8 @@ def _estimate(solved: _Solved, template: Template, start: tuple[int, int], unit:
         outliers=sums.outliers / (used + sums.outliers),
         mismatch=unexplained / whole if whole > 0 else 0.0,
         mismatch_significance=unexplained / scale * np.sqrt(used) if scale > 0 else 0.0,
+        start=placed.start,
+        product=placed.product,
     )
 
 

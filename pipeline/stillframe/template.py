@@ -26,6 +26,7 @@ Runs = npt.NDArray[np.int64]
 REACH = 3
 """Lags at which the model is known, on either side."""
 SIZE = 2 * REACH + 1
+LAGS = SIZE**2
 FEWEST = 64
 """Fewer bins give no shift."""
 LEVEL, INVERSE = 3, 9
@@ -48,11 +49,11 @@ _PARTS, _FEWEST_PARTS = 0.05, 8
 """How many of the frames may be part of the reference, and of how many it is then the mean at least."""
 _BANDS, _BAND = 4, 128
 """Bands, and rows of each, by which the smoothing for a large picture is chosen."""
-_SAMPLED = 100_000
+_SAMPLED = 20_000
 """Pixels that suffice to begin with."""
 _GAP = 64
 """Gaps of up to so many pixels are gone through with the runs around them."""
-_SPARSEST = 12
+_SPARSEST = 24
 """At least every so many rows of the support are in the sample."""
 
 
@@ -78,6 +79,8 @@ class Equations:
     """Σ T_k T_l v of the variance v of the reference's bins, (4, 4)."""
     bins: int
     """How many there are, without gaps."""
+    rows: Runs
+    """Rows of bins to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +271,7 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     if np.count_nonzero(support) < FEWEST:
         return None
     image = draft.boxes.astype(np.float32)
-    whole = _equations(draft, image, support)
+    whole = _equations(draft, image, support, np.arange(-(-len(image) // side)))
     slope = curvature(whole.model)
     if np.linalg.cond(slope) > _MOST_SKEWED:
         return None
@@ -280,7 +283,7 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
         image=image,
         level=level,
         whole=whole,
-        sample=whole if step == 1 else _equations(draft, image, _every(support, step)),
+        sample=whole if step == 1 else _sample(draft, image, step),
         wander=_wander(draft),
         grain=noise.gain,
         smoothing=draft.smoothed.width,
@@ -290,13 +293,15 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
     )
 
 
-def _every(support: Mask, step: int) -> Mask:
-    """Keep one row in so many."""
-    rows = np.arange(len(support)) % step == step // 2
-    return np.asarray(support & rows[:, None])
+def _sample(draft: _Draft, image: Float32, step: int) -> Equations:
+    """Sum over one row of bins in so many."""
+    rows = np.arange(step // 2, len(draft.support), step)
+    few = np.zeros_like(draft.support)
+    few[rows] = draft.support[rows]
+    return _equations(draft, image, few, rows)
 
 
-def _equations(draft: _Draft, image: Float32, support: Mask) -> Equations:
+def _equations(draft: _Draft, image: Float32, support: Mask, rows: Runs) -> Equations:
     """Sum over some bins."""
     runs = _without_gaps(runs_of(support))
     inside = _inside(runs, support.shape)
@@ -319,6 +324,7 @@ def _equations(draft: _Draft, image: Float32, support: Mask) -> Equations:
         linear=templates @ fields[LEVEL:INVERSE].astype(np.float64).T,
         products=(templates * scatter) @ templates.T,
         bins=int(np.count_nonzero(here)),
+        rows=rows,
     )
 
 
@@ -350,27 +356,35 @@ def _structure(image: Image, scatter: Image, support: Mask, apart: int) -> float
 @numba.njit(nogil=True, cache=True)
 def _model_sums(image: Float32, side: int, runs: Runs, fields: Float32) -> Image:
     """Σ T_k(p) R(p + lag) over the bins, (4, lags, lags)."""
-    model = np.zeros((4, SIZE, SIZE))
+    model, patch = np.zeros((4, LAGS)), np.empty(LAGS)
     i = 0
     for k in range(runs.shape[0]):
         for column in range(runs[k, 1], runs[k, 2]):
             weight = np.float64(fields[INVERSE, i]) * np.float64(fields[-1, i])
             if weight > 0:
-                add_model(model, REACH, weight, fields[:, i], image, runs[k, 0] * side, column * side)
+                add_model(model, weight, fields[:, i], image, runs[k, 0] * side, column * side, patch)
             i += 1
-    return model
+    return model.reshape(4, SIZE, SIZE)
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
-def add_model(model: Image, reach: int, weight: float, field: Float32, image: Float32, row: int, column: int) -> None:
-    """Add what one bin, which begins at a pixel, gives to the model at lags up to ±reach."""
-    for dy in range(2 * reach + 1):
-        for dx in range(2 * reach + 1):
-            value = weight * np.float64(image[row + dy - reach, column + dx - reach])
-            model[0, dy, dx] += field[0] * value
-            model[1, dy, dx] += field[1] * value
-            model[2, dy, dx] += field[2] * value
-            model[3, dy, dx] += value
+@numba.njit(nogil=True, cache=True)
+def add_model(model: Image, weight: float, field: Float32, image: Float32, row: int, column: int, patch: Image) -> None:
+    """Add what one bin, which begins at a pixel, gives to the model (4, lags · lags); ``patch`` is room to work in."""
+    n = 0
+    for y in range(row - REACH, row + REACH + 1):
+        for x in range(column - REACH, column + REACH + 1):
+            patch[n] = weight * np.float64(image[y, x])
+            n += 1
+    _add_scaled(np.float64(field[0]), patch, model[0])
+    _add_scaled(np.float64(field[1]), patch, model[1])
+    _add_scaled(np.float64(field[2]), patch, model[2])
+    _add_scaled(1.0, patch, model[3])
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_scaled(factor: float, patch: Image, out: Image) -> None:
+    for n in range(len(patch)):
+        out[n] += factor * patch[n]
 
 
 def _support(inner: Mask, information: Image, side: int) -> Mask:

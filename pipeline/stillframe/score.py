@@ -1,0 +1,123 @@
+"""The exact masked NCC at one shift, for one pass over the pixels.
+
+Of the sums over the pixels that are valid in both images only the product needs all of them; the others are known for
+each image alone, and what does not meet a valid pixel of the other (the border, the holes of its mask) is taken off.
+"""
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.bins import Single
+from stillframe.ncc import Mask
+from stillframe.search import Statistics, runs_of
+
+
+class Moments(NamedTuple):
+    """How many pixels there are, their sum and that of their squares."""
+
+    pixels: int
+    total: float
+    squares: float
+
+
+class Holes(NamedTuple):
+    """The invalid pixels of a mask."""
+
+    runs: npt.NDArray[np.int64]
+    """(row, first, stop), in order."""
+    firsts: npt.NDArray[np.int64]
+    """Where the runs of each row begin, and those of the last end."""
+
+    @classmethod
+    def of(cls, mask: Mask) -> "Holes":
+        """Find the runs."""
+        runs = runs_of(~mask)
+        return cls(runs, np.searchsorted(runs[:, 0], np.arange(len(mask) + 1)))
+
+
+class Picture(NamedTuple):
+    """One of two images to be compared."""
+
+    values: npt.NDArray[Any]
+    """Pixels (y, x)."""
+    mask: Mask
+    base: float
+    """To be taken off each pixel."""
+    moments: Moments
+    """Of the valid pixels, the base taken off."""
+    holes: Holes
+
+    @classmethod
+    def of(cls, frame: Single, mask: Mask, seen: Statistics, pixels: int, holes: Holes) -> "Picture":
+        """Describe a frame of which the statistics are known."""
+        above, deviation = (seen.mean - frame.origin) / frame.scale, seen.deviation / frame.scale
+        moments = Moments(pixels, pixels * above, pixels * (deviation**2 + above**2))
+        return cls(frame.values, mask, frame.base, moments, holes)
+
+
+def masked_score(product: float, shift: tuple[int, int], frame: Picture, fixed: Picture) -> tuple[float, int]:
+    """Return the masked NCC at a shift (y, x) applied to the frame, and the pixels valid in both.
+
+    ``product`` is the sum over them of both images' pixels multiplied. NaN without contrast.
+    """
+    moved = _meeting(frame, fixed.holes, shift)
+    still = _meeting(fixed, frame.holes, (-shift[0], -shift[1]))
+    count = moved.pixels
+    if count < 2:
+        return np.nan, count
+    variation = [sums.squares - sums.total**2 / count for sums in (moved, still)]
+    if min(variation) <= 0:
+        return np.nan, count
+    return float((product - moved.total * still.total / count) / np.sqrt(variation[0] * variation[1])), count
+
+
+def _meeting(picture: Picture, others: Holes, shift: tuple[int, int]) -> Moments:
+    """Sums over the valid pixels which, moved by a shift, fall on valid ones."""
+    pixels, total, squares = _lost(picture.values, picture.mask, picture.base, *others, shift)
+    known = picture.moments
+    return Moments(known.pixels - pixels, known.total - total, known.squares - squares)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], base: float) -> tuple[int, float, float]:
+    """Sum some valid pixels of a row."""
+    count, total, squares = 0, 0.0, 0.0
+    for x in range(len(values)):
+        value = np.float64(values[x]) - base if valid[x] else 0.0
+        count += valid[x]
+        total += value
+        squares += value * value
+    return count, total, squares
+
+
+@numba.njit(nogil=True, cache=True)
+def _lost(
+    values: npt.NDArray[Any],
+    mask: Mask,
+    base: float,
+    runs: npt.NDArray[np.int64],
+    firsts: npt.NDArray[np.int64],
+    shift: tuple[int, int],
+) -> tuple[int, float, float]:
+    """Sum the valid pixels which, moved by a shift, fall on a hole or beyond the border."""
+    height, width = values.shape
+    first, last = max(0, -shift[1]), min(width, width - shift[1])
+    count, total, squares = 0, 0.0, 0.0
+    for y in range(height):
+        row = y + shift[0]
+        meets = 0 <= row < height and first < last
+        holes = (firsts[row], firsts[row + 1]) if meets else (0, 0)
+        for k in range(holes[0] - 2, holes[1]):
+            if k == holes[0] - 2:
+                begin, end = 0, first if meets else width
+            elif k == holes[0] - 1:
+                begin, end = last if meets else width, width
+            else:
+                begin, end = max(first, runs[k, 1] - shift[1]), min(last, runs[k, 2] - shift[1])
+            if begin < end:
+                n, one, two = _sum_row(values[y, begin:end], mask[y, begin:end], base)
+                count, total, squares = count + n, total + one, squares + two
+    return count, total, squares
