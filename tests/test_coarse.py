@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from stillframe import Reference, masked_ncc, match_frames
-from stillframe.bins import bin_picture
 from stillframe.coarse import bin_factors
 from stillframe.scene import Experiment, evaluate
 
@@ -68,19 +67,6 @@ def test_beyond_the_edge_the_wider_search_is_asked():
     np.testing.assert_allclose(np.stack([matches["dy"], matches["dx"]], axis=1)[found], shifts[found], atol=0.1)
     assert (np.abs(shifts[~found]).max(axis=1) > 15).all()
     assert found[np.abs(shifts).max(axis=1) < 7].all()
-
-
-def test_bins_are_means_of_their_valid_pixels():
-    rng = np.random.default_rng(0)
-    image, mask = rng.normal(50, 10, (19, 23)), rng.random((19, 23)) < 0.7
-    mask[:4, :4] = False
-    bins, pixels = bin_picture(image, mask, 10.0, 2.0, 4)
-    assert bins.shape == (4, 5)
-    for y, x in np.ndindex(bins.shape):
-        part = np.s_[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
-        assert pixels[y, x] == mask[part].sum()
-        expected = ((image[part][mask[part]] - 10) / 2).mean() if mask[part].any() else 0
-        assert bins[y, x] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,33 +16,28 @@ _SHORT = ("i1", "u1", "i2", "u2")
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], origin: float, sums: Float32, counts: Any) -> None:
-    """Add a row to the sums and counts of its columns."""
+def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], base: float, sums: Float32) -> None:
+    """Add a row to the sums of its columns."""
+    lowest = np.float32(base)
     for x in range(len(sums)):
-        sums[x] += np.float32(np.float64(values[x]) - origin) if valid[x] else np.float32(0)
-        counts[x] += valid[x]
+        sums[x] += np.float32(values[x]) - lowest if valid[x] else np.float32(0)
 
 
 @numba.njit(nogil=True, cache=True)
-def bin_picture(
-    image: npt.NDArray[Any], mask: Mask, origin: float, scale: float, side: int
-) -> tuple[Float32, npt.NDArray[np.uint8]]:
-    """Return (image − origin) / scale averaged over the valid pixels of each bin, and how many those are."""
+def bin_sums(image: npt.NDArray[Any], mask: Mask, base: float, side: int) -> Float32:
+    """Return the sum of (image − base) over the valid pixels of each bin."""
     height, width = image.shape[0] // side, image.shape[1] // side
-    out, pixels = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
-    sums, counts = np.empty(width * side, np.float32), np.empty(width * side, np.uint8)
+    out, sums = np.empty((height, width), np.float32), np.empty(width * side, np.float32)
     for y in range(height):
-        sums[:], counts[:] = 0, 0
-        for v in range(side):
-            _add_row(image[y * side + v], mask[y * side + v], origin, sums, counts)
+        sums[:] = 0
+        for row in range(y * side, y * side + side):
+            _add_row(image[row], mask[row], base, sums)
         for x in range(width):
-            total, count = 0.0, 0
-            for u in range(side):
-                total += sums[x * side + u]
-                count += counts[x * side + u]
-            pixels[y, x] = count
-            out[y, x] = total / (scale * count) if count else 0
-    return out, pixels
+            total = np.float32(0)
+            for u in range(x * side, x * side + side):
+                total += sums[u]
+            out[y, x] = total
+    return out
 
 
 class Single(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.bins import bin_picture
+from stillframe.bins import Float32, Single, bin_sums, in_single
 from stillframe.ncc import Mask
 from stillframe.peak import DECISIVE, Peak, find_peak
-from stillframe.search import Search, Statistics, statistics
+from stillframe.search import Search, statistics
 
 _FEWEST_BINS = 128
 """Along the shorter axis; smaller pictures are searched as they are."""
@@ -59,25 +59,27 @@ class CoarseSearch:
     @cached_property
     def _search(self) -> Search:
         seen = statistics(self.image, self.mask, np.inf)
-        bins, pixels = bin_picture(self.image, self.mask, seen.mean, seen.deviation or 1.0, self.factor)
-        return Search(bins, self._full(pixels), self._frame_bins, self._reach + self._margin, self.overlap_ratio)
+        part = self._part(self.mask)
+        bins = _means(in_single(self.image, seen.mean, seen.deviation), self.mask, part)
+        return Search(bins, part > 0, self._frame_part > 0, self._reach + self._margin, self.overlap_ratio)
 
     @cached_property
-    def _frame_bins(self) -> Mask:
-        _, pixels = bin_picture(self.frame_mask, self.frame_mask, 0.0, 1.0, self.factor)
-        return self._full(pixels)
+    def _frame_part(self) -> Float32:
+        return self._part(self.frame_mask)
 
-    def _full(self, pixels: npt.NDArray[np.uint8]) -> Mask:
-        return np.asarray(pixels >= _FULL * self.factor**2)
+    def _part(self, mask: Mask) -> Float32:
+        """Return what each bin's sum is to be multiplied by; 0 where too few of its pixels are valid."""
+        pixels = bin_sums(mask, mask, 0.0, self.factor)
+        return np.divide(1, pixels, out=np.zeros_like(pixels), where=pixels >= _FULL * self.factor**2)
 
     def prepare(self) -> None:
         """Compute now what every frame needs."""
         self._search.prepare()
 
-    def find(self, frame: npt.NDArray[Any], seen: Statistics) -> Peak | None:
+    def find(self, frame: Single) -> Peak | None:
         """Return the highest peak in bins, its shift in pixels; None where it is not beyond doubt."""
-        bins, _ = bin_picture(frame, self.frame_mask, seen.mean, seen.deviation or 1.0, self.factor)
-        ncc, overlap = self._search.surface(bins, statistics(bins, self._frame_bins, np.inf))
+        bins = _means(frame, self.frame_mask, self._frame_part)
+        ncc, overlap = self._search.surface(bins, statistics(bins, self._search.frame_mask, np.inf))
         peak = find_peak(ncc, overlap, self._margin, self.smoothing)
         if peak is None or not self._decisive(peak):
             return None
@@ -95,6 +97,12 @@ class CoarseSearch:
         scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
         null = 1 / np.sqrt(max(peak.pixels - 2, 1))
         return bool(peak.lead > DECISIVE * np.sqrt(2) * scatter and peak.score > 2 * DECISIVE * null)
+
+
+def _means(image: Single, mask: Mask, part: Float32) -> Float32:
+    """Return the mean of the valid pixels of each bin."""
+    side = len(mask) // len(part)
+    return bin_sums(image.values, mask, image.base, side) * part
 
 
 def _vertex(values: npt.NDArray[np.float64]) -> float:

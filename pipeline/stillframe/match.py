@@ -202,7 +202,7 @@ def judge(seen: Statistics, valid: int, contrast: float) -> Flag:
 
 def _search_and_refine(frame: _Frame, reference: Reference) -> tuple[float, ...]:
     """Find the whole-pixel shift, in a wider window if it lies at the edge of the first, and refine it."""
-    peak = reference.find_peak(frame.tamed, frame.seen, frame.mask)
+    peak = reference.find_peak(frame.tamed, frame.compared, frame.seen, frame.mask)
     if peak is None:
         return no_match(Flag.LOW_SCORE, frame.intensity)
     if not peak.at_edge:

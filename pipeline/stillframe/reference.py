@@ -157,13 +157,15 @@ class Reference:
         width = self.template.smoothing if self.template and self.max_shift else 0.0
         return min(width, _MOST_SMOOTHING) if width > 1 else 0.0
 
-    def find_peak(self, frame: npt.NDArray[Any], seen: Statistics, frame_mask: Mask | None = None) -> Peak | None:
+    def find_peak(
+        self, frame: npt.NDArray[Any], single: Single, seen: Statistics, frame_mask: Mask | None = None
+    ) -> Peak | None:
         """Return the highest masked NCC of a frame within the search; None where it is nowhere defined.
 
         What is refined later is looked for in bins first; where these leave a doubt, in smaller ones and pixel by
         pixel. The scores are those of what was searched.
         """
-        near = next(filter(None, (one.find(frame, seen) for one in self.coarse if frame_mask is None)), None)
+        near = next(filter(None, (one.find(single) for one in self.coarse if frame_mask is None)), None)
         return near or self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
 
     def score(

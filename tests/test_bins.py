@@ -1,0 +1,86 @@
+"""Bins against the same sums written out, and the score of single pixels against the surface of all scores."""
+
+from itertools import product as product_of
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillframe import masked_ncc
+from stillframe.bins import at_bins, bin_means, bin_sums, box_means, in_single, moved_bins
+from stillframe.score import Holes, Moments, Picture, masked_score
+from stillframe.search import statistics
+from strategies import masked_image
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_image(), st.sampled_from([1, 2, 3, 4]))
+def test_bins_hold_the_sum_of_their_valid_pixels(drawn, side):
+    image, mask = drawn
+    bins = bin_sums(image, mask, 0.5, side)
+    expected = bin_means(np.where(mask, image - 0.5, 0), side) * side**2
+    assert bins.shape == tuple(length // side for length in image.shape)
+    np.testing.assert_allclose(bins, expected, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_image(), st.sampled_from([1, 2, 4]), st.tuples(st.integers(-30, 30), st.integers(-30, 30)))
+def test_moved_bins_are_those_of_the_moved_frame(drawn, side, shift):
+    image, mask = drawn
+    fixed = np.random.default_rng(0).normal(size=image.shape).astype(np.float32)
+    moved, seen = np.zeros(image.shape), np.zeros(image.shape, bool)
+    for y, x in np.ndindex(image.shape):
+        row, column = y - shift[0], x - shift[1]
+        if 0 <= row < image.shape[0] and 0 <= column < image.shape[1] and mask[row, column]:
+            moved[y, x], seen[y, x] = image[row, column] - 0.5, True
+    rows = np.arange(-(-len(image) // side))
+    means, whole, product = moved_bins(image, mask, 0.5, fixed, shift, side, rows)
+    np.testing.assert_array_equal(whole, bin_means(seen, side) == 1)
+    np.testing.assert_allclose(means[whole], bin_means(moved, side)[whole], atol=1e-5)
+    assert product == pytest.approx(np.sum(fixed * moved), abs=1e-3)
+
+
+def test_only_some_rows_of_bins_are_read_on_request():
+    frame = np.arange(144, dtype=np.uint16).reshape(12, 12)
+    everything = np.ones(frame.shape, bool)
+    means, whole, _ = moved_bins(frame, everything, 0.0, np.zeros((12, 12), np.float32), (0, 0), 4, np.array([1]))
+    assert whole.all(axis=1).tolist() == [False, True, False]
+    np.testing.assert_allclose(means[1], bin_means(frame.astype(float), 4)[1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint64, np.float32, np.float64])
+def test_single_precision_holds_any_frame(dtype):
+    frame = (np.arange(12).reshape(3, 4) + (100 if np.dtype(dtype).itemsize < 4 else 1e6)).astype(dtype)
+    single = in_single(frame, float(frame.mean()), float(frame.std()))
+    back = single.origin + single.scale * (single.values.astype(np.float64) - single.base)
+    np.testing.assert_allclose(back, frame, atol=1e-6)
+
+
+def test_boxes_begin_at_each_pixel():
+    image = np.random.default_rng(0).normal(size=(9, 11))
+    np.testing.assert_allclose(at_bins(box_means(image, 4), 4), bin_means(image, 4))
+    np.testing.assert_allclose(box_means(image, 2)[3, 5], image[3:5, 5:7].mean())
+
+
+def described(image, mask):
+    known = image[mask]
+    return Picture(image, mask, 0.0, Moments(known.size, known.sum(), known @ known), Holes.of(mask))
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_image(shape=(14, 17)), masked_image(shape=(14, 17)))
+def test_the_score_at_each_shift_is_that_of_the_surface(one, other):
+    (image, mask), (frame, valid) = one, other
+    fixed = np.where(mask, image, 0).astype(np.float32)
+    ncc, lags_y, lags_x = masked_ncc(fixed, frame, mask, valid, max_shift=13, overlap_ratio=0.3)
+    single = in_single(frame, 0.0, 1.0)
+    seen = statistics(frame, valid, np.inf)
+    holes = Holes.of(valid)
+    picture = Picture.of(single, valid, seen, int(valid.sum()), holes)
+    for (i, dy), (j, dx) in product_of(enumerate(lags_y), enumerate(lags_x)):
+        if np.isfinite(ncc[i, j]) and abs(ncc[i, j]) < 0.999:
+            *_, product = moved_bins(single.values, valid, single.base, fixed, (dy, dx), 1, np.arange(14))
+            score, pixels = masked_score(product, (dy, dx), picture, described(fixed, mask))
+            assert score == pytest.approx(ncc[i, j], abs=2e-4)
+            assert pixels >= 0.3 * 2
