@@ -24,19 +24,40 @@ def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], base: float
 
 
 @numba.njit(nogil=True, cache=True)
+def _halve(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Add up neighbours, two by two."""
+    for i in range(len(out)):
+        out[i] = values[2 * i] + values[2 * i + 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Add up neighbours, two by two, as often as there is room."""
+    size = len(values)
+    for level in range(len(room)):
+        size //= 2
+        _halve(values, room[level, :size])
+        values = room[level, :size]
+    return values
+
+
+@numba.njit(nogil=True, cache=True)
+def _folds(side: int) -> int:
+    """Return how often two and two make one of so many."""
+    return int(np.rint(np.log2(side)))
+
+
+@numba.njit(nogil=True, cache=True)
 def bin_sums(image: npt.NDArray[Any], mask: Mask, base: float, side: int) -> Float32:
-    """Return the sum of (image − base) over the valid pixels of each bin."""
+    """Return the sum of (image − base) over the valid pixels of each bin, whose side is a power of 2."""
     height, width = image.shape[0] // side, image.shape[1] // side
     out, sums = np.empty((height, width), np.float32), np.empty(width * side, np.float32)
+    room = np.empty((_folds(side), width * side), np.float32)
     for y in range(height):
         sums[:] = 0
         for row in range(y * side, y * side + side):
             _add_row(image[row], mask[row], base, sums)
-        for x in range(width):
-            total = np.float32(0)
-            for u in range(x * side, x * side + side):
-                total += sums[u]
-            out[y, x] = total
+        out[y] = _fold(sums, room)
     return out
 
 
@@ -83,28 +104,16 @@ def _add_moved(
     fixed: Float32,
     base: float,
     sums: Float32,
-    whole: npt.NDArray[np.bool_],
+    pixels: npt.NDArray[np.uint8],
     products: Float32,
 ) -> None:
-    """Add a row to the sums of its columns, note which columns hold an invalid pixel, and add up fixed · value."""
+    """Add a row's valid pixels to the sums of their columns, count them, and add up fixed · value."""
     lowest = np.float32(base)
     for x in range(len(values)):
         value = np.float32(values[x]) - lowest if valid[x] else np.float32(0)
         sums[x] += value
-        whole[x] &= valid[x]
+        pixels[x] += valid[x]
         products[x] += fixed[x] * value
-
-
-@numba.njit(nogil=True, cache=True)
-def _join(sums: Float32, whole: npt.NDArray[np.bool_], side: int, means: Float32, good: npt.NDArray[np.bool_]) -> None:
-    """Turn sums of columns to means of bins."""
-    part = np.float32(1 / side**2)
-    for column in range(len(means)):
-        total, every = np.float32(0), True
-        for x in range(column * side, column * side + side):
-            total += sums[x]
-            every &= whole[x]
-        means[column], good[column] = total * part, every
 
 
 @numba.njit(nogil=True, cache=True)
@@ -119,37 +128,39 @@ def moved_bins(
 ) -> tuple[Float32, Mask, float]:
     """Return means over bins of (frame − base) to which a whole-pixel shift was applied, and which of these are whole.
 
-    A bin with an invalid pixel, or one beyond the frame's border, is not, and has no meaning. Only some rows of bins
-    are gone through. The third result is the sum over their valid pixels of ``fixed · (frame − base)``.
+    A bin with an invalid pixel, or one beyond the frame's border, is not, and has no meaning. Its side is a power of
+    2, at most 8. Only some rows of bins are gone through. The third result is the sum over their valid pixels of
+    ``fixed · (frame − base)``.
     """
     height, width = frame.shape
     means = np.zeros((height // side, width // side), np.float32)
-    good = np.zeros(means.shape, np.bool_)
-    sums, whole, products = np.empty(width, np.float32), np.empty(width, np.bool_), np.zeros(width, np.float32)
-    first, last = max(0, shift[1]), max(0, min(width, width + shift[1]))
+    whole = np.zeros(means.shape, np.bool_)
+    used, part = means.shape[1] * side, np.float32(1 / side**2)
+    sums, pixels, products = np.empty(width, np.float32), np.empty(width, np.uint8), np.zeros(width, np.float32)
+    room, counting = np.empty((_folds(side), width), np.float32), np.empty((_folds(side), width), np.uint8)
+    first, last = max(0, shift[1]), min(width, width + shift[1])
+    begin, end = first - shift[1], last - shift[1]
     for row in rows:
-        sums[:], whole[:] = 0, False
-        whole[first:last] = True
+        sums[:], pixels[:] = 0, 0
         for y in range(row * side, min(row * side + side, height)):
-            from_row = y - shift[0]
-            if from_row < 0 or from_row >= height or first >= last:
-                whole[:] = False
-                continue
-            _add_moved(
-                frame[from_row, first - shift[1] : last - shift[1]],
-                mask[from_row, first - shift[1] : last - shift[1]],
-                fixed[y, first:last],
-                base,
-                sums[first:last],
-                whole[first:last],
-                products[first:last],
-            )
+            origin = y - shift[0]
+            if 0 <= origin < height and first < last:
+                _add_moved(
+                    frame[origin, begin:end],
+                    mask[origin, begin:end],
+                    fixed[y, first:last],
+                    base,
+                    sums[first:last],
+                    pixels[first:last],
+                    products[first:last],
+                )
         if row < len(means):
-            _join(sums, whole, side, means[row], good[row])
+            means[row] = _fold(sums[:used], room) * part
+            whole[row] = _fold(pixels[:used], counting) == side**2
     total = 0.0
     for x in range(width):
         total += np.float64(products[x])
-    return means, good, total
+    return means, whole, total
 
 
 def box_means(image: Image, side: int) -> Image:
