@@ -137,10 +137,12 @@ def resample_frames(
     if moves.shape != (len(frames), 2):
         raise ValueError(f"the shifts have shape {moves.shape} but there are {len(frames)} frames: give (frame, 2).")
     dtype = output_dtype(frames.dtype, interpolation)
-    out = np.full(frames.shape, check_fill(fill, dtype), dtype)
+    out, value = np.empty(frames.shape, dtype), dtype.type(check_fill(fill, dtype))
     for frame, move, target in zip(frames, moves, out, strict=True):
-        if np.isfinite(move).all():
-            _resample(native(frame, "a frame", 2), move, mask, interpolation, target)
+        if np.isfinite(move).all() and np.max(np.abs(move)) < max(frame.shape):
+            _resample(native(frame, "a frame", 2), move, mask, interpolation, value, target)
+        else:
+            target[:] = value
     return out
 
 
@@ -149,50 +151,90 @@ def _resample(
     move: npt.NDArray[np.float64],
     mask: Mask,
     interpolation: Interpolation,
+    fill: Any,
     out: npt.NDArray[Any],
 ) -> None:
-    """Write the moved frame over ``out`` wherever it is observed."""
+    """Write the moved frame, and the fill value wherever nothing was observed."""
     if interpolation == "nearest":
         move = np.rint(move)
-    if np.max(np.abs(move)) >= max(frame.shape):
-        return
     whole = np.floor(-move).astype(np.int64)
     fractions = -move - whole
     if not fractions.any():
-        _copy(frame, mask, (int(whole[0]), int(whole[1])), out)
+        _move(frame, mask, (int(whole[0]), int(whole[1])), fill, out)
         return
     (first_y, weights_y), (first_x, weights_x) = (taps(float(part), interpolation) for part in fractions)
     start = (int(whole[0]) + first_y, int(whole[1]) + first_x)
-    _filter(np.where(mask, frame, np.nan).astype(out.dtype), start, weights_y, weights_x, out)
+    _filter(frame, mask, start, weights_y.astype(out.dtype), weights_x.astype(out.dtype), fill, out)
 
 
-def _copy(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], out: npt.NDArray[Any]) -> None:
+@numba.njit(nogil=True, cache=True)
+def _choose(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], fill: Any, out: npt.NDArray[Any]) -> None:
+    for x in range(len(out)):
+        out[x] = values[x] if valid[x] else fill
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], fill: Any, out: npt.NDArray[Any]) -> None:
     """``out(p) = frame(p + start)`` where that is inside and valid."""
-    target = tuple(slice(max(0, -s), max(0, min(n, n - s))) for s, n in zip(start, frame.shape, strict=True))
-    source = tuple(slice(max(0, s), max(0, min(n, n + s))) for s, n in zip(start, frame.shape, strict=True))
-    np.copyto(out[target], frame[source], where=mask[source], casting="same_kind")
+    height, width = frame.shape
+    first, last = max(0, -start[1]), min(width, width - start[1])
+    for y in range(height):
+        row = y + start[0]
+        if row < 0 or row >= height or first >= last:
+            out[y] = fill
+            continue
+        begin, end = first + start[1], last + start[1]
+        out[y, :first], out[y, last:] = fill, fill
+        _choose(frame[row, begin:end], mask[row, begin:end], fill, out[y, first:last])
+
+
+@numba.njit(nogil=True, cache=True)
+def _load(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], blank: Any, line: npt.NDArray[Any]) -> None:
+    """Copy a row, with a blank where it is invalid."""
+    for x in range(len(line)):
+        line[x] = values[x]
+    for x in range(len(line)):
+        line[x] = line[x] if valid[x] else blank
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_scaled(line: npt.NDArray[Any], weight: float, out: npt.NDArray[Any]) -> None:
+    for x in range(len(out)):
+        out[x] += weight * line[x]
 
 
 @numba.njit(nogil=True, cache=True)
 def _filter(
-    values: npt.NDArray[Any],
+    frame: npt.NDArray[Any],
+    mask: Mask,
     start: tuple[int, int],
-    weights_y: Weights,
-    weights_x: Weights,
+    weights_y: npt.NDArray[Any],
+    weights_x: npt.NDArray[Any],
+    fill: Any,
     out: npt.NDArray[Any],
 ) -> None:
-    """``out(p) = Σ w_y w_x values(p + start + k)`` where all of them are inside and not NaN."""
-    height, width = values.shape
-    first = max(0, -start[1])
-    last = min(width, width - start[1] - len(weights_x) + 1)
-    row = np.empty(width, np.float64)
-    for y in range(max(0, -start[0]), min(height, height - start[0] - len(weights_y) + 1)):
-        row[:] = 0.0
-        for k in range(len(weights_y)):
-            row += weights_y[k] * values[y + start[0] + k]
-        for x in range(first, last):
-            value = 0.0
-            for k in range(len(weights_x)):
-                value += weights_x[k] * row[x + start[1] + k]
-            if not np.isnan(value):
-                out[y, x] = value
+    """``out(p) = Σ w_y w_x frame(p + start + k)`` where all of them are inside and valid; all in the output's dtype."""
+    height, width = frame.shape
+    many, blank = len(weights_y), np.float32(np.nan)
+    lines, held = np.empty((many, width), out.dtype), np.full(many, -1)
+    rows, sums, seen = np.empty(width, out.dtype), np.empty(width, out.dtype), np.empty(width, np.bool_)
+    first, last = max(0, -start[1]), min(width, width - start[1] - len(weights_x) + 1)
+    for y in range(height):
+        top = y + start[0]
+        if top < 0 or top + many > height or first >= last:
+            out[y] = fill
+            continue
+        rows[:], sums[:] = 0, 0
+        for k in range(many):
+            place = (top + k) % many
+            if held[place] != top + k:
+                _load(frame[top + k], mask[top + k], blank, lines[place])
+                held[place] = top + k
+            _add_scaled(lines[place], weights_y[k], rows)
+        for k in range(len(weights_x)):
+            begin = first + start[1] + k
+            _add_scaled(rows[begin : begin + last - first], weights_x[k], sums[: last - first])
+        for x in range(last - first):
+            seen[x] = sums[x] == sums[x]
+        out[y, :first], out[y, last:] = fill, fill
+        _choose(sums, seen, fill, out[y, first:last])
