@@ -1,29 +1,29 @@
-"""The resumable run: two stages over units, register then align, going on where the last run ended.
+"""The resumable run: every unit is registered and aligned, going on where the last run ended.
+
+A unit to be registered is read once for both stages; the second then works on those whose alignment alone is missing.
 
 A unit is done again unless its record's fingerprint (input files, reference, settings of its stage, kernel) holds and
 its files are as recorded. The driver alone writes metadata, before any worker starts.
 """
 
-import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from stillframe.clusters import Executor, executor
-from stillframe.errors import RunStopped
+from stillframe.errors import RunStopped, hopeless
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, frame_coordinates, open_source
 from stillframe.lazy import align, open_frames
-from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, no_match
+from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.progress import Meter, log, log_to, progress_bar, warn, write_plan
-from stillframe.records import STAGES, Lease, Ledger, Stage, UnitRecord, digest_of, fingerprint, lease, write_durably
+from stillframe.records import STAGES, Lease, Ledger, Stage, UnitRecord, fingerprint, lease, write_durably
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
 from stillframe.resample import check_fill, output_dtype
@@ -36,18 +36,17 @@ from stillframe.store import (
     shifts_dataset,
     write_dataset,
 )
-from stillframe.tasks import AlignUnit, RegisterUnit
+from stillframe.tasks import AlignUnit, BothStages, Moves, RegisterUnit, align_mark, moves_of
 from stillframe.units import Plan, Unit
-
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-"""System errors that every further unit would meet too."""
 
 _NONE_GOOD = (
     "no frame got a shift without a flag. Look at the flags in shifts.zarr, and check the mask (True where pixels are "
     "valid), the reference and --max-shift."
 )
 
-Moves = npt.NDArray[np.float64]
+
+Work = Sequence[tuple[str, tuple[Any, ...]]]
+"""Each unit's fingerprint, with what its task needs: the unit and more."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +134,19 @@ class _Run:
     held: Lease
 
     def all_stages(self) -> Result:
-        """Register, publish the shifts, align, draw."""
+        """Register and align, publish the shifts, draw."""
         self._begin()
         stored = self._store_reference()
+        register = RegisterUnit(self.source, stored, self._out)
+        align_unit = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
+        items = self._to_register()
+        if self._todo("register", items):
+            self._create_aligned(self._dataset(self._unknown()))
         with progress_bar() as bar:
-            register = RegisterUnit(self.source, stored, self._out)
-            failed = self._stage("register", register, [(unit, self._mark(unit)) for unit in self.plan.units], bar)
+            failed = self._stage("register", BothStages(register, align_unit), items, bar)
             shifts, problems = self._collect()
             self._create_aligned(shifts)
-            work = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
-            failed += self._stage("align", work, self._to_align(shifts["shift"].values), bar)
+            failed += self._stage("align", align_unit, self._to_align(shifts["shift"].values), bar)
         return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
 
     @property
@@ -192,9 +194,8 @@ class _Run:
         registered = self._ledger.finished("register", unit, self._mark(unit))
         if stage == "register" or registered is None:
             return stage == "align" or registered is not None
-        matches = registered.to_matches()
-        moves = np.stack([matches["dy"], matches["dx"]], axis=1)
-        return self._ledger.finished("align", unit, self._align_mark(unit, moves)) is not None
+        mark = align_mark(self._align_facts(unit), moves_of(registered))
+        return self._ledger.finished("align", unit, mark) is not None
 
     def _store_reference(self) -> ReferenceFile:
         """Keep the stored reference if it is the same, so that a resumed run changes nothing."""
@@ -209,9 +210,12 @@ class _Run:
             self.origin.write(self._out / "reference.json")
         return ReferenceFile(path, self.reference.digest)
 
-    def _mark(self, unit: Unit, **parts: Any) -> str:
+    def _mark(self, unit: Unit) -> str:
         """Fingerprint of what a unit's registration depends on."""
-        common = {
+        return fingerprint(self._facts(unit))
+
+    def _facts(self, unit: Unit) -> dict[str, Any]:
+        return {
             "kernel": KERNEL_VERSION,
             "reference": self.reference.digest,
             "array": self.source.description(),
@@ -219,28 +223,30 @@ class _Run:
             "files": self.source.identity(unit.start, unit.stop),
             "frames": (unit.start, unit.stop),
         }
-        return fingerprint(common | parts)
 
-    def _align_mark(self, unit: Unit, moves: Moves) -> str:
-        """Fingerprint of what a unit's aligned frames depend on."""
-        return self._mark(
-            unit,
-            shifts=digest_of(moves),
-            interpolation=self.settings.interpolation,
-            fill=repr(self._fill),
-            layout=(self.plan.frames, self.plan.unit_frames),
-        )
+    def _align_facts(self, unit: Unit) -> dict[str, Any]:
+        """Return what a unit's aligned frames depend on besides the shifts."""
+        return self._facts(unit) | {
+            "interpolation": self.settings.interpolation,
+            "fill": repr(self._fill),
+            "layout": (self.plan.frames, self.plan.unit_frames),
+        }
 
-    def _to_align(self, moves: Moves) -> list[tuple[Unit, str, Moves]]:
-        parts = ((unit, moves[unit.start : unit.stop]) for unit in self.plan.units)
-        return [(unit, self._align_mark(unit, mine), mine) for unit, mine in parts]
+    def _to_register(self) -> Work:
+        marks = ((unit, self._mark(unit)) for unit in self.plan.units)
+        return [(mark, (unit, mark, self._align_facts(unit))) for unit, mark in marks]
 
-    def _stage(
-        self, stage: Stage, work: Callable[[Any], UnitRecord], items: Sequence[tuple[Any, ...]], bar: Any
-    ) -> list[str]:
+    def _to_align(self, moves: Moves) -> Work:
+        parts = ((unit, self._align_facts(unit), moves[unit.start : unit.stop]) for unit in self.plan.units)
+        return [(align_mark(facts, mine), (unit, facts, mine)) for unit, facts, mine in parts]
+
+    def _todo(self, stage: Stage, items: Work) -> list[tuple[Any, ...]]:
+        return [item for mark, item in items if self._ledger.finished(stage, item[0], mark) is None]
+
+    def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], items: Work, bar: Any) -> list[str]:
         """Work on the units that are not finished; return what went wrong."""
-        todo = [item for item in items if self._ledger.finished(stage, item[0], item[1]) is None]
-        total = sum(item[0].stop - item[0].start for item in items)
+        todo = self._todo(stage, items)
+        total = sum(item[0].stop - item[0].start for _, item in items)
         left = sum(item[0].stop - item[0].start for item in todo)
         meter = Meter(bar, stage, total, total - left)
         problems = []
@@ -252,7 +258,7 @@ class _Run:
 
     def _problems(self, stage: Stage, unit: Unit, outcome: UnitRecord | BaseException) -> list[str]:
         """Say what went wrong with a unit; stop the run where every other unit would meet the same."""
-        if isinstance(outcome, OSError) and outcome.errno in _HOPELESS:
+        if isinstance(outcome, OSError) and hopeless(outcome):
             raise RunStopped(
                 f"{stage} of {unit}: {outcome.strerror} ({outcome.filename}). Nothing further can be written; "
                 "what is finished is kept. Make room or give permission there, then run the same command again."
@@ -264,17 +270,22 @@ class _Run:
             warn(problem)
         return problems
 
+    def _unknown(self) -> Matches:
+        return np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
+
+    def _dataset(self, matches: Matches) -> xr.Dataset:
+        return shifts_dataset(matches, frame_coordinates(self.source), self.reference)
+
     def _collect(self) -> tuple[xr.Dataset, list[str]]:
         """Gather the records into the dataset of shifts and write it; frames without a match are corrupt."""
-        matches = np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
-        problems = []
+        matches, problems = self._unknown(), []
         for unit in self.plan.units:
             record = self._ledger.read("register", unit.number)
             if record is None:
                 raise RunStopped(f"the record of {unit} is gone. Run the same command again; it does what is missing.")
             matches[unit.start : unit.stop] = record.to_matches()
             problems += record.problems
-        shifts = shifts_dataset(matches, frame_coordinates(self.source), self.reference)
+        shifts = self._dataset(matches)
         write_dataset(shifts.assign_attrs(problems=problems), self._out / "shifts.zarr")
         return shifts, problems
 
