@@ -101,7 +101,7 @@ def _standardized(frame: npt.NDArray[Any], origin: float, scale: float) -> Float
 def _add_moved(
     values: npt.NDArray[Any],
     valid: npt.NDArray[np.bool_],
-    fixed: Float32,
+    fixed: npt.NDArray[Any],
     base: float,
     sums: Float32,
     pixels: npt.NDArray[np.uint8],
@@ -113,7 +113,7 @@ def _add_moved(
         value = np.float32(values[x]) - lowest if valid[x] else np.float32(0)
         sums[x] += value
         pixels[x] += valid[x]
-        products[x] += fixed[x] * value
+        products[x] += np.float32(fixed[x]) * value
 
 
 @numba.njit(nogil=True, cache=True)
@@ -121,7 +121,7 @@ def moved_bins(
     frame: npt.NDArray[Any],
     mask: Mask,
     base: float,
-    fixed: Float32,
+    fixed: npt.NDArray[Any],
     shift: tuple[int, int],
     side: int,
     rows: npt.NDArray[np.int64],

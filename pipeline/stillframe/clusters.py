@@ -22,9 +22,9 @@ _SHARE = 0.7
 """Part of a worker's memory that units may fill, below where dask begins to spill and pause."""
 _WAIT_FOR_FILE = 60.0
 """Seconds in which a scheduler started beside this run writes its file."""
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 32 * 2**20, "MALLOC_TRIM_THRESHOLD_": 256 * 2**20}
-"""Lets worker processes use memory again that held a frame; by dask's default each frame gets new pages, which takes
-half as long as decoding it."""
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_ARENA_MAX": 1}
+"""Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
+kernel must clear: half of what decoding it takes."""
 _QUEUED = 2
 """Tasks given to each worker beyond the one it works on, so that it never waits."""
 

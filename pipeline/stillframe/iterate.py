@@ -248,7 +248,7 @@ class _Pile:
             return
         start = round(float(match["dy"])), round(float(match["dx"]))
         values = native(frame, "a frame", 2)
-        mask, fixed = self.reference.frame_mask, self.reference.standardized
+        mask, fixed = self.reference.frame_mask, self.reference.steps
         seen = statistics(values, mask, np.inf)
         single = in_single(values, seen.mean, seen.deviation)
         estimate = refine(single, mask, start, self.reference.template, fixed)

@@ -233,7 +233,7 @@ def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) ->
     """Refine a peak, and say what speaks against it."""
     if reference.template is None:
         return _whole(peak, reference, frame.intensity, known)
-    fixed = reference.standardized
+    fixed = reference.steps
     estimate = refine(frame.pixels, frame.fitted, peak.shift, reference.template, fixed, peak.slack)
     objection = _objection(estimate, peak, reference, frame.intensity)
     if estimate is None or objection:

@@ -16,7 +16,7 @@ pixel whose residual no noise explains (a hot pixel, an x-ray hit) is left out, 
 the model with it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -43,13 +43,18 @@ _FAR_STEP = 0.25
 """A step over all pixels that is longer than this is followed by another."""
 _USUAL, _USUAL_BINS = 0.97, 0.75
 """Part of the pixels that the first guess keeps, and the least part of bins."""
+_NEWTON_STEPS = 25
+_ARRIVED = 1e-8
+"""Steps below this, in pixels, end Newton's method."""
+_INVERSE_VANDERMONDE = np.linalg.inv(np.vander(np.arange(-REACH, REACH + 1.0), increasing=True))
+"""Takes the values at the lags to the coefficients of the polynomial through them."""
 _NEIGHBOURS_EVERY = 4
 """One in so many rows tells what neighbouring pixels share."""
 _NEAR_LAGS = 12
 """Distances of up to two bins along both axes, one direction each."""
 _ROWS, _MARGIN = 4, 3
 """Rows, and columns beyond both ends of a row, that are held to look for what bins have in common."""
-_GUESSED = 5_000
+_GUESSED = 2_000
 """Bins that the first guess looks at."""
 
 
@@ -311,12 +316,14 @@ def _sampled(means: Float32, whole: Mask, runs: Runs, fields: Float32, step: int
 def _guess(sample: Image, usual: float) -> _Parameters:
     """Gain, offset and scatter from a few bins, the largest residuals left out."""
     known, values, inverse = sample
-    kept = np.ones(len(values), np.bool_)
+    most, residual = max(1, int(usual * len(values))), np.zeros_like(values)
+    kept = np.arange(len(values))
     for _ in range(3):
-        design = np.stack([known, np.ones_like(known)])[:, kept] * inverse[kept]
-        gain, offset = np.linalg.lstsq(design @ design.T, design @ (values[kept] * inverse[kept]))[0]
+        weights = inverse[kept] ** 2
+        design = np.stack([known[kept], np.ones_like(weights)])
+        gain, offset = np.linalg.lstsq((design * weights) @ design.T, design @ (weights * values[kept]))[0]
         residual = np.abs(values - gain * known - offset) * inverse
-        kept = residual <= np.quantile(residual, usual)
+        kept = np.argpartition(residual, most - 1)[:most]
     square = float(np.mean(residual[kept] ** 2))
     own = max(square / _square_within(usual) - gain**2, 0.3 * square)
     return _Parameters(np.zeros(2), max(float(gain), 1e-12), float(offset), float(own))
@@ -329,7 +336,7 @@ def _square_within(part: float) -> float:
 
 
 def refine(
-    frame: Single, mask: Mask, start: tuple[int, int], template: Template, fixed: Float32, slack: float = 0.0
+    frame: Single, mask: Mask, start: tuple[int, int], template: Template, fixed: npt.NDArray[Any], slack: float = 0.0
 ) -> Estimate | None:
     """Refine a whole-pixel shift.
 
@@ -343,7 +350,7 @@ def refine(
         Whole-pixel shift to apply, right to a few pixels.
     template : Template
         What the reference was prepared to.
-    fixed : ndarray of float32, shape (y, x)
+    fixed : ndarray of float32 or int16, shape (y, x)
         What ``Estimate.product`` is to be taken with.
     slack : float
         Pixels by which the start may be wrong besides.
@@ -408,7 +415,7 @@ class _Problem(NamedTuple):
     frame: Single
     mask: Mask
     template: Template
-    fixed: Float32
+    fixed: npt.NDArray[Any]
 
     def at(self, start: tuple[int, int], equations: Equations) -> _Placed:
         """Apply a whole-pixel shift, for the bins of some equations."""
@@ -466,45 +473,78 @@ def _borne(fraction: Image, side: int) -> float:
 
 
 def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Image, borne: float) -> _Solved | None:
-    """Newton's method on the four estimating equations.
-
-    A solution farther than the model reaches is left at its border, from where the search goes on.
-    """
+    """Solve the equations with what one pass gave."""
     part = 1 - sums.left / equations.bins
     model = equations.model + equations.shared * (1 - part) - sums.model
     totals = equations.totals - sums.totals
     data = sums.residual + (equations.linear - sums.linear) @ rounded[:6] + rounded[6] * totals
-    values = np.array([*known.shift, known.gain, known.offset])
-    for _ in range(25):
-        expected, along_y, along_x = _interpolate(model, values[:2])
-        gain, offset = values[2:]
-        jacobian = np.stack([gain * along_y, gain * along_x, expected, totals], axis=1)
-        try:
-            step = np.linalg.solve(jacobian, data - gain * expected - offset * totals)
-        except np.linalg.LinAlgError:
-            return None
-        values = values + np.array([*np.clip(step[:2], -0.5, 0.5), *step[2:]])
-        values[:2] = np.clip(values[:2], -1.5, 1.5)
-        if not np.isfinite(values).all() or values[2] <= 0:
-            return None
-        if np.abs(step[:2]).max() < 1e-8:
-            break
+    values, jacobian, good = _newton(model, totals, data, np.array([*known.shift, known.gain, known.offset]))
+    if not good:
+        return None
     square = sums.squares / (equations.bins - sums.left)
     own = max(square - borne * values[2] ** 2, 0.1 * square, 1e-3 * known.own)
     return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums, borne)
 
 
-def _interpolate(model: Image, at: npt.NDArray[np.float64]) -> tuple[Image, Image, Image]:
+@numba.njit(nogil=True, cache=True)
+def _newton(model: Image, totals: Image, data: Image, values: Image) -> tuple[Image, Image, bool]:
+    """Newton's method on the four estimating equations, from (y, x, gain, offset): the solution and its derivatives.
+
+    A solution farther than the model reaches is left at its border, from where the search goes on.
+    """
+    jacobian = np.zeros((4, 4))
+    for _ in range(_NEWTON_STEPS):
+        expected, along_y, along_x = _interpolate(model, values[0], values[1])
+        gain, offset = values[2], values[3]
+        jacobian[:, 0], jacobian[:, 1], jacobian[:, 2], jacobian[:, 3] = (
+            gain * along_y,
+            gain * along_x,
+            expected,
+            totals,
+        )
+        if abs(np.linalg.det(jacobian)) == 0 or not np.isfinite(jacobian).all():
+            return values, jacobian, False
+        step = np.linalg.solve(jacobian, data - gain * expected - offset * totals)
+        for axis in range(2):
+            step[axis] = min(max(step[axis], -0.5), 0.5)
+        values = values + step
+        for axis in range(2):
+            values[axis] = min(max(values[axis], -1.5), 1.5)
+        if not np.isfinite(values).all() or values[2] <= 0:
+            return values, jacobian, False
+        if max(abs(step[0]), abs(step[1])) < _ARRIVED:
+            break
+    return values, jacobian, True
+
+
+@numba.njit(nogil=True, cache=True)
+def _interpolate(model: Image, y: float, x: float) -> tuple[Image, Image, Image]:
     """Value and slopes of the (4, lags, lags) model between its lags, by the polynomial through all of them."""
-    powers = np.power(at[:, None], _ORDER)
-    slopes = _ORDER * np.power(at[:, None], np.maximum(_ORDER - 1, 0))
-    (weights_y, weights_x), (slopes_y, slopes_x) = powers @ _INVERSE_VANDERMONDE, slopes @ _INVERSE_VANDERMONDE
-    along_x = model @ np.stack([weights_x, slopes_x], axis=1)
-    return along_x[..., 0] @ weights_y, along_x[..., 0] @ slopes_y, along_x[..., 1] @ weights_y
+    (weights_y, slopes_y), (weights_x, slopes_x) = _lagrange(y), _lagrange(x)
+    value, along_y, along_x = np.zeros(4), np.zeros(4), np.zeros(4)
+    for k in range(4):
+        for i in range(SIZE):
+            row, change = 0.0, 0.0
+            for j in range(SIZE):
+                row += weights_x[j] * model[k, i, j]
+                change += slopes_x[j] * model[k, i, j]
+            value[k] += weights_y[i] * row
+            along_y[k] += slopes_y[i] * row
+            along_x[k] += weights_y[i] * change
+    return value, along_y, along_x
 
 
-_ORDER = np.arange(SIZE, dtype=np.float64)
-_INVERSE_VANDERMONDE = np.linalg.inv(np.vander(np.arange(-REACH, REACH + 1.0), increasing=True))
+@numba.njit(nogil=True, cache=True)
+def _lagrange(x: float) -> tuple[Image, Image]:
+    """Weights of the values at the lags in the polynomial through them, and their derivatives."""
+    weights, slopes = np.zeros(SIZE), np.zeros(SIZE)
+    power, slope = 1.0, 0.0
+    for order in range(SIZE):
+        for j in range(SIZE):
+            weights[j] += power * _INVERSE_VANDERMONDE[order, j]
+            slopes[j] += slope * _INVERSE_VANDERMONDE[order, j]
+        power, slope = power * x, (order + 1) * power
+    return weights, slopes
 
 
 def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single) -> Estimate:
