@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stillframe import masked_ncc
 from stillframe.bins import at_bins, bin_means, bin_sums, box_means, in_single, moved_bins
-from stillframe.score import Holes, Moments, Picture, masked_score
+from stillframe.score import Holes, Moments, Picture, masked_score, meeting
 from stillframe.search import statistics
 from strategies import masked_image
 
@@ -81,6 +81,7 @@ def test_the_score_at_each_shift_is_that_of_the_surface(one, other):
     for (i, dy), (j, dx) in product_of(enumerate(lags_y), enumerate(lags_x)):
         if np.isfinite(ncc[i, j]) and abs(ncc[i, j]) < 0.999:
             *_, product = moved_bins(single.values, valid, single.base, fixed, (dy, dx), 1, np.arange(14))
-            score, pixels = masked_score(product, (dy, dx), picture, described(fixed, mask))
-            assert score == pytest.approx(ncc[i, j], abs=2e-4)
-            assert pixels >= 0.3 * 2
+            still = described(fixed, mask)
+            moments = meeting(picture, still.holes, (dy, dx)), meeting(still, holes, (-dy, -dx))
+            assert moments[0].pixels == moments[1].pixels
+            assert masked_score(product, *moments) == pytest.approx(ncc[i, j], abs=2e-4)

@@ -25,6 +25,7 @@ _WAIT_FOR_FILE = 60.0
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_ARENA_MAX": 1}
 """Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
 kernel must clear: half of what decoding it takes."""
+
 _QUEUED = 2
 """Tasks given to each worker beyond the one it works on, so that it never waits."""
 

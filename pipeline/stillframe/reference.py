@@ -17,11 +17,13 @@ from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
-from stillframe.score import Holes, Moments, Picture, masked_score
+from stillframe.score import Holes, Moments, Picture, masked_score, meeting
 from stillframe.search import Search, Statistics, statistics
 from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
+_ROWS = 8
+"""Rows of pixels that are gone through at a time for a score alone."""
 _FINE = 0.01
 """Steps of so many standard deviations change a score by less than its rounding."""
 _LEAST_SMOOTHING = 0.5
@@ -177,12 +179,24 @@ class Reference:
 
         ``product`` is that of ``steps`` with the frame there, if it is known.
         """
-        known = mask is self.frame_mask
-        holes, pixels = (self._holes, self.frame_pixels) if known else (Holes.of(mask), np.count_nonzero(mask))
+        static = mask is self.frame_mask
+        holes, pixels = (self._holes, self.frame_pixels) if static else (Holes.of(mask), int(np.count_nonzero(mask)))
         if product is None:
-            rows = np.arange(self.shape[0])
-            *_, product = moved_bins(frame.values, mask, frame.base, self.steps, shift, 1, rows)
-        return masked_score(product, shift, Picture.of(frame, mask, seen, int(pixels), holes), self._picture)
+            rows = np.arange(-(-self.shape[0] // _ROWS))
+            *_, product = moved_bins(frame.values, mask, frame.base, self.steps, shift, _ROWS, rows)
+        moved = meeting(Picture.of(frame, mask, seen, pixels, holes), self._picture.holes, shift)
+        fixed = self._fixed_at(shift) if static else meeting(self._picture, holes, (-shift[0], -shift[1]))
+        return masked_score(product, moved, fixed), moved.pixels
+
+    def _fixed_at(self, shift: tuple[int, int]) -> Moments:
+        """Sums of the reference where frames meet it; drifts are slow, so that few shifts come again and again."""
+        if shift not in self._fixed:
+            self._fixed[shift] = meeting(self._picture, self._holes, (-shift[0], -shift[1]))
+        return self._fixed[shift]
+
+    @cached_property
+    def _fixed(self) -> dict[tuple[int, int], Moments]:
+        return {}
 
     @cached_property
     def steps(self) -> npt.NDArray[Any]:

@@ -58,24 +58,22 @@ class Picture(NamedTuple):
         return cls(frame.values, mask, frame.base, moments, holes)
 
 
-def masked_score(product: float, shift: tuple[int, int], frame: Picture, fixed: Picture) -> tuple[float, int]:
-    """Return the masked NCC at a shift (y, x) applied to the frame, and the pixels valid in both.
+def masked_score(product: float, moved: Moments, fixed: Moments) -> float:
+    """Return the masked NCC from sums over the pixels valid in both images; NaN without contrast.
 
-    ``product`` is the sum over them of both images' pixels multiplied. NaN without contrast.
+    ``product`` is the sum of both images' pixels multiplied.
     """
-    moved = _meeting(frame, fixed.holes, shift)
-    still = _meeting(fixed, frame.holes, (-shift[0], -shift[1]))
     count = moved.pixels
     if count < 2:
-        return np.nan, count
-    variation = [sums.squares - sums.total**2 / count for sums in (moved, still)]
+        return np.nan
+    variation = [sums.squares - sums.total**2 / count for sums in (moved, fixed)]
     if min(variation) <= 0:
-        return np.nan, count
-    return float((product - moved.total * still.total / count) / np.sqrt(variation[0] * variation[1])), count
+        return np.nan
+    return float((product - moved.total * fixed.total / count) / np.sqrt(variation[0] * variation[1]))
 
 
-def _meeting(picture: Picture, others: Holes, shift: tuple[int, int]) -> Moments:
-    """Sums over the valid pixels which, moved by a shift, fall on valid ones."""
+def meeting(picture: Picture, others: Holes, shift: tuple[int, int]) -> Moments:
+    """Sums over the valid pixels of one image which, moved by a shift (y, x), fall on valid ones of the other."""
     pixels, total, squares = _lost(picture.values, picture.mask, picture.base, *others, shift)
     known = picture.moments
     return Moments(known.pixels - pixels, known.total - total, known.squares - squares)

@@ -256,7 +256,7 @@ def linked(store, times, folder):
         )
         new.parent.mkdir(parents=True, exist_ok=True)
         os.link(old, new)
-    return open_source(folder / "long.zarr")
+    return open_source(path)
 
 
 def first_result(store, mask, folder, cache):
