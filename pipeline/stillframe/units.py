@@ -12,6 +12,8 @@ TARGET_BYTES = 128 * 2**20
 NOMINAL_MEMORY = 3 * 2**30
 """What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
 _DECODED_AT_ONCE = 2
+_TRANSIENT = 64 * 2**20
+"""What does not depend on the size of frames: compiled code, buffers."""
 MOST_FRAMES = 32
 """Frames of a unit at most, unless the input's chunks hold more."""
 
@@ -91,17 +93,15 @@ class Layout:
 def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: int) -> int:
     """Predict the bytes a worker holds at most for a unit of so many frames, above those of the bare process.
 
-    The larger of the two stages. Both hold the unit and the chunks being decoded; registering also the reference
-    with what is prepared from it (search, templates, and the images these are made of) and one frame's transforms;
-    aligning the result and its encoded shard (zarr joins it from parts, hence twice).
+    The larger of two moments: while the reference is prepared, before any frame is read; and at the end of a unit,
+    when the frames, the chunks being decoded, the result and its encoded shard lie beside what stays of the reference
+    (its image and masks, the templates, the search and its transforms). Measured from 512² to 4096².
     """
     pixels = math.prod(layout.shape)
     padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
     reading = frames * layout.frame_bytes + layout.decoding_bytes
-    prepared = pixels * (17 + 36 + 64) + padded * (8 + 16)
-    register = reading + prepared + padded * 12
-    align = reading + 3 * frames * pixels * output_itemsize + pixels * 8
-    return max(register, align)
+    writing = 2 * frames * pixels * output_itemsize
+    return _TRANSIENT + max(170 * pixels, 16 * pixels + 24 * padded + reading + writing)
 
 
 def make_plan(
