@@ -3,7 +3,7 @@
     python tests/benchmarks/speed.py [--sizes 512 1024 2048 4096] [--frames 256] [--folder DIR] [--out speed.json]
 
 Everything that is compared is timed in turn and each at its best, so that ratios hold on a noisy machine. Needs the
-extra ``benchmark``. ``--parts`` chooses some of: kernel, run, today, growth, start.
+extra ``benchmark``. ``--parts`` chooses some of: kernel, bins, profile, codecs, run, today, growth, start.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
@@ -25,26 +27,32 @@ for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
 os.environ.setdefault("DASK_DISTRIBUTED__LOGGING__DISTRIBUTED", "error")
 
 import dask.array as da
+import numcodecs
 import numpy as np
 import scipy.fft
 import scipy.ndimage
 import zarr
+from numcodecs import blosc
 from rich.console import Console
 from rich.table import Table
 from skimage.registration import phase_cross_correlation
 
 from stillframe import Reference, Settings, match_frames
+from stillframe.bins import bin_sums, in_single
 from stillframe.clusters import executor
 from stillframe.frames import FrameSource, open_source
-from stillframe.records import Ledger
+from stillframe.records import Ledger, Seal
+from stillframe.refine import refine
+from stillframe.resample import resample_frames
 from stillframe.scene import Experiment
+from stillframe.search import statistics
 from stillframe.simulate import simulate
 from stillframe.store import ReferenceFile, aligned_encoding, save_reference, write_unit
 from stillframe.tasks import AlignUnit, BothStages, RegisterUnit
-from stillframe.units import make_plan, unit_memory
+from stillframe.units import Plan, make_plan, unit_memory
 
 SIZE, MAX_SHIFT = 2048, 32
-PARTS = ("kernel", "run", "today", "growth", "start")
+PARTS = ("kernel", "bins", "profile", "codecs", "run", "today", "growth", "start")
 PACKAGES = ("stillframe", "numpy", "scipy", "numba", "zarr", "dask", "scikit-image", "itk-filtering")
 
 
@@ -103,6 +111,81 @@ def kernel(size, peers):
     found, truth = match_frames(frame[None], reference)[0], experiment.shifts[30] - experiment.shifts[0]
     shifts = {"found": [float(found["dy"]), float(found["dx"])], "true": truth.tolist(), "flag": int(found["flag"])}
     return {"size": size, "seconds": times, **shifts}
+
+
+def bins(frames=50):
+    """In which bins the whole-pixel peak of frames was beyond doubt, by pattern and dose; 1 is the exact search."""
+    counts = []
+    for pattern, dose in product(("rings", "spots"), (200, 20, 2)):
+        experiment = Experiment(frames=frames + 1, shape=(SIZE, SIZE), pattern=pattern, dose=dose, seed=12)
+        mask = experiment.detector.mask
+        reference = Reference(experiment.render(0), mask, max_shift=MAX_SHIFT)
+        settled = Counter()
+        for index in range(1, frames + 1):
+            frame = experiment.render(index)
+            seen = statistics(frame, mask, np.inf)
+            single = in_single(frame, seen.mean, seen.deviation)
+            settled[next((one.factor for one in reference.coarse if one.find(single)), 1)] += 1
+        counts.append({"pattern": pattern, "dose": dose, **{str(factor): settled[factor] for factor in (8, 4, 1)}})
+    return counts
+
+
+def codecs(frame):
+    """Milliseconds to encode and to decode one frame, one thread, and by how much it shrinks."""
+    found = []
+    for name, level, shuffle in product(("lz4", "zstd"), (1, 5), (blosc.SHUFFLE, blosc.BITSHUFFLE)):
+        packed = blosc.compress(frame, name.encode(), level, shuffle)
+        times = best_in_turn(
+            {
+                "encode": lambda name=name, level=level, shuffle=shuffle: blosc.compress(
+                    frame, name.encode(), level, shuffle
+                ),
+                "decode": lambda packed=packed: blosc.decompress(packed),
+            },
+            7,
+        )
+        called = f"Blosc {name}-{level}, {'bit' if shuffle == blosc.BITSHUFFLE else ''}shuffle"
+        found.append({"codec": called, "ratio": frame.nbytes / len(packed), **times})
+    zstd = numcodecs.Zstd(level=0)
+    packed = zstd.encode(frame)
+    times = best_in_turn({"encode": lambda: zstd.encode(frame), "decode": lambda: zstd.decode(packed)}, 5)
+    return [*found, {"codec": "Zstd (zarr's default)", "ratio": frame.nbytes / len(packed), **times}]
+
+
+def profile(source, reference, folder):
+    """Where a unit's time goes, milliseconds a frame on one thread, each step beside a floor."""
+    frames = source.read(Plan(source.shape[0], 16).units[0]).frames
+    frame, mask = frames[0], reference.frame_mask
+    matches = match_frames(frames, reference)
+    moves = np.stack([matches["dy"], matches["dx"]], axis=1)
+    seen = statistics(frame, mask, np.inf)
+    single = in_single(frame, seen.mean, seen.deviation)
+    peak = reference.find_peak(frame, single, seen)
+    fine = refine(single, mask, peak.shift, reference.template, reference.steps, peak.slack)
+    packed, out = blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE), np.empty_like(frame)
+    unit = Plan(len(frames), len(frames)).units[0]
+    path = folder / "profile" / "aligned.zarr"
+    encoding = aligned_encoding(frames.shape, len(frames), 0, frames.dtype)
+    encoding["config"] = {"write_empty_chunks": encoding.pop("write_empty_chunks")}
+    zarr.create_array(path / "frames", shape=frames.shape, dtype=frames.dtype, overwrite=True, **encoding)
+    (seal,) = write_unit(path, unit, frames)
+    works = {
+        "decode": lambda: blosc.decompress(packed),
+        "statistics": lambda: statistics(frame, mask, np.inf),
+        "whole-pixel peak": lambda: reference.find_peak(frame, single, seen),
+        "refine": lambda: refine(single, mask, peak.shift, reference.template, reference.steps, peak.slack),
+        "score": lambda: reference.score(fine.start, single, seen, mask, fine.product),
+        "whole match": lambda: match_frames(frame[None], reference),
+        "lay, whole pixels": lambda: resample_frames(frame[None], moves[:1], mask, interpolation="nearest"),
+        "lay, cubic": lambda: resample_frames(frame[None], moves[:1], mask, interpolation="cubic"),
+        "encode": lambda: blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE),
+        "one copy of a frame": lambda: np.copyto(out, frame),
+        "one pass over frame and mask": lambda: bin_sums(frame, mask, 0.0, 8),
+    }
+    times = best_in_turn(works, 15)
+    sealed = folder / "profile" / seal
+    whole = {"write a unit": lambda: write_unit(path, unit, frames), "checksum": lambda: Seal.of(sealed)}
+    return times | {name: seconds / len(frames) for name, seconds in best_in_turn(whole, 5).items()}
 
 
 @dataclass(frozen=True)
@@ -266,7 +349,7 @@ def first_result(store, mask, folder, cache):
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], env=environment, stderr=subprocess.DEVNULL)
-    while not list((folder / "first").glob("records/register/*")) and process.poll() is None:
+    while not list((folder / "first").glob("units/register/*")) and process.poll() is None:
         time.sleep(0.01)
     seconds = time.perf_counter() - began
     process.terminate()
@@ -276,26 +359,24 @@ def first_result(store, mask, folder, cache):
 
 def measure(options, folder):
     results = {"context": context(options)}
-    if "kernel" in options.parts:
-        results["kernel"] = [kernel(size, size <= options.peers) for size in options.sizes]
-    if set(options.parts) - {"kernel"}:
-        store, mask = simulate(scene(SIZE, options.frames), folder)
-        source, valid = open_source(store), np.load(mask)
-        reference = Reference(source[0, :, :], valid, max_shift=MAX_SHIFT)
-    if "run" in options.parts:
-        results["run"] = stages(source, reference, folder, options.workers, options.repeats)
-    if "today" in options.parts:
-        results["today"] = today(source, reference.image, valid, folder, options.workers)
-    if "growth" in options.parts:
-        few = linked(store, 1, folder)
-        results["growth"] = [
-            stages(few if times == 1 else linked(store, times, folder), reference, folder, options.workers, 1)
-            for times in (1, options.growth)
-        ]
-    if "start" in options.parts:
-        cache = folder / "numba"
-        results["start"] = {name: first_result(store, mask, folder, cache) for name in ("cold", "warm")}
-    return results
+    alone = {"kernel": lambda: [kernel(size, size <= options.peers) for size in options.sizes], "bins": bins}
+    results |= {name: work() for name, work in alone.items() if name in options.parts}
+    if set(options.parts) <= set(alone):
+        return results
+    store, mask = simulate(scene(SIZE, options.frames), folder)
+    source, valid = open_source(store), np.load(mask)
+    reference = Reference(source[0, :, :], valid, max_shift=MAX_SHIFT)
+    stored = {
+        "codecs": lambda: codecs(np.asarray(source[0, :, :])),
+        "profile": lambda: profile(source, reference, folder),
+        "run": lambda: stages(source, reference, folder, options.workers, options.repeats),
+        "today": lambda: today(source, reference.image, valid, folder, options.workers),
+        "growth": lambda: [
+            stages(linked(store, times, folder), reference, folder, options.workers, 1) for times in (1, options.growth)
+        ],
+        "start": lambda: {name: first_result(store, mask, folder, folder / "numba") for name in ("cold", "warm")},
+    }
+    return results | {name: work() for name, work in stored.items() if name in options.parts}
 
 
 def context(options):
@@ -321,6 +402,11 @@ def show(results):
         console.print(table)
     for row in rows(results):
         console.print(*row)
+    for name in ("bins", "codecs"):
+        for one in results.get(name, []):
+            console.print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in one.items()})
+    for name, seconds in results.get("profile", {}).items():
+        console.print(f"{name:30} {1e3 * seconds:6.2f} ms")
 
 
 def rows(results):
