@@ -17,7 +17,7 @@ from stillframe.batch import run
 from stillframe.clusters import _PROCESS_BYTES, _SHARE
 from stillframe.errors import LeaseError, RunStopped
 from stillframe.flags import Flag
-from stillframe.frames import open_source
+from stillframe.frames import FrameSource, open_source
 from stillframe.records import lease
 from stillframe.scene import Experiment
 from stillframe.simulate import simulate
@@ -262,6 +262,23 @@ def test_a_unit_that_fails_leaves_no_shift_behind(stored, undisturbed, tmp_path,
     monkeypatch.undo()
     assert not run(settings(stored, out)).problems
     assert stores(out) == stores(undisturbed)
+
+
+def test_each_unit_is_read_once(stored, undisturbed, tmp_path, monkeypatch):
+    """Decoding is a fifth of the work; both stages share it."""
+    read, seen = FrameSource.read, []
+
+    def counted(source, unit):
+        seen.append(unit.number)
+        return read(source, unit)
+
+    monkeypatch.setattr(FrameSource, "read", counted)
+    run(settings(stored, tmp_path / "run"))
+    assert sorted(seen) == list(range(6))
+    seen.clear()
+    run(settings(stored, tmp_path / "run", interpolation="linear"))
+    assert sorted(seen) == list(range(6))
+    assert stores(tmp_path / "run")["shifts.zarr"] == stores(undisturbed)["shifts.zarr"]
 
 
 def test_a_lost_scheduler_stops_the_run_in_words(stored, undisturbed, tmp_path):
