@@ -164,3 +164,30 @@ def test_noise_is_changed_as_documented(interpolation, variance):
     shifts = rng.uniform(-3, 3, (200, 2))
     laid = resample_frames(rng.normal(size=(200, 48, 48)), shifts, np.ones((48, 48), bool), interpolation=interpolation)
     assert laid[:, 12:-12, 12:-12].var() == pytest.approx(variance, abs=0.06)
+
+
+@pytest.mark.parametrize("interpolation", SMOOTH)
+def test_integers_moved_by_fractions_keep_their_sum_however_few_there_are(interpolation):
+    """Rounding each value to the nearest sixteenth would lose a quarter of the lone photons."""
+    rng = np.random.default_rng(0)
+    frames = rng.poisson(0.01, (4, 512, 512)).astype(np.uint16)
+    frames[:, :8], frames[:, -8:], frames[:, :, :8], frames[:, :, -8:] = 0, 0, 0, 0
+    moves = [(0.5, 0.5), (0.03, 0.03), (-0.3, 0.0), (2.5, -1.2)]
+    out = resample_frames(frames, moves, np.ones((512, 512), bool), interpolation=interpolation, fill=0)
+    exact = resample_frames(
+        frames.astype(np.float32), moves, np.ones((512, 512), bool), interpolation=interpolation, fill=0
+    )
+    assert np.array_equal(out * 16, np.rint(out * 16))
+    assert np.abs(out - exact).max() < 1 / 16
+    np.testing.assert_allclose(out.sum(axis=(1, 2)), frames.sum(axis=(1, 2)), rtol=0.02)
+    error = (out - exact)[exact != np.rint(exact)]
+    assert abs(error.mean()) < 4 * error.std() / np.sqrt(error.size)
+    np.testing.assert_array_equal(
+        out, resample_frames(frames, moves, np.ones((512, 512), bool), interpolation=interpolation, fill=0)
+    )
+
+
+def test_a_shift_that_is_whole_but_for_rounding_loses_no_row_to_it():
+    frame = np.arange(30.0).reshape(1, 5, 6)
+    out = resample_frames(frame, [(1e-17, 0)], np.ones((5, 6), bool), interpolation="cubic")
+    np.testing.assert_array_equal(out, frame)

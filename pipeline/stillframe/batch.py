@@ -241,7 +241,13 @@ class _Run:
         return [(align_mark(facts, mine), (unit, facts, mine)) for unit, facts, mine in parts]
 
     def _todo(self, stage: Stage, items: Work) -> list[tuple[Any, ...]]:
-        return [item for mark, item in items if self._ledger.finished(stage, item[0], mark) is None]
+        known = self._told if stage == "align" else lambda _: []
+        return [item for mark, item in items if self._ledger.finished(stage, item[0], mark, known(item[0])) is None]
+
+    def _told(self, unit: Unit) -> list[str]:
+        """Return what could not be read when a unit was registered just now, and hence not aligned either."""
+        record = self._ledger.read("register", unit.number)
+        return record.problems if record else []
 
     def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], items: Work, bar: Any) -> list[str]:
         """Work on the units that are not finished; return what went wrong."""

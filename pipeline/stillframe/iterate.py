@@ -272,7 +272,7 @@ class _Pile:
         back = np.stack([-estimate.shift] * 2)
         expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
         expected = estimate.gain * (expected - self.reference.template.level) + estimate.offset
-        count = self.reference.template.grain * estimate.variance / estimate.gain
+        count = self.reference.template.grain * self.reference.template.scale * estimate.variance / estimate.gain
         scatter = (estimate.variance + estimate.gain**2) * np.maximum(variance, 0)
         limit = count_limit(scatter, count, _SURELY_OUT) + _MISMATCH * np.abs(expected)
         return np.asarray(mask & ~(np.abs(frame - expected) > limit))

@@ -24,6 +24,8 @@ from stillframe.template import Template, Weights, prepare_template
 _MOST_SMOOTHING = 4.0
 _ROWS = 8
 """Rows of pixels that are gone through at a time for a score alone."""
+_USUAL_EXPONENT = 20
+"""Squares of numbers up to 2 to this power, and of their reciprocals, are far within single precision."""
 _FINE = 0.01
 """Steps of so many standard deviations change a score by less than its rounding."""
 _LEAST_SMOOTHING = 0.5
@@ -298,10 +300,13 @@ class Reference:
         if not self.subpixel:
             return None
         gain, pedestal = self.known_noise
-        level = statistics(self.image, self.trusted, np.inf).mean
-        centred = np.where(self.trusted, self.image.astype(np.float64) - level, 0)
-        above = Noise(gain, pedestal - level if gain > 0 else pedestal)
-        return prepare_template(centred, self.trusted, above, self.weights, self.smoothing, level=level)
+        seen = statistics(self.image, self.trusted, np.inf)
+        scale = _power_of_two(seen.deviation)
+        centred = np.where(self.trusted, (self.image.astype(np.float64) - seen.mean) / scale, 0)
+        above = Noise(gain / scale, (pedestal - seen.mean) / scale) if gain > 0 else Noise(gain, pedestal / scale**2)
+        return prepare_template(
+            centred, self.trusted, above, self.weights, self.smoothing, level=seen.mean, scale=scale
+        )
 
     @cached_property
     def known_noise(self) -> Noise:
@@ -369,6 +374,12 @@ def saturation_limit(dtype: np.dtype[Any], stated: float | None) -> float:
     if stated is not None:
         return stated
     return float(np.iinfo(dtype).max) if dtype.kind in "iu" else np.inf
+
+
+def _power_of_two(deviation: float) -> float:
+    """Return 1 for pictures of usual intensity, else about their deviation."""
+    exponent = np.floor(np.log2(deviation)) if deviation > 0 else 0.0
+    return float(2.0**exponent) if abs(exponent) > _USUAL_EXPONENT else 1.0
 
 
 def _check_search(image: npt.NDArray[Any], mask: Mask, max_shift: int) -> None:

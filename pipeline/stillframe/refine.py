@@ -196,10 +196,12 @@ def _add_products(one: Float32, other: Float32, columns: Float32) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_near_products(recent: Float32, row: int, first: int, stop: int, columns: Float32) -> None:
+def _add_near_products(recent: Float32, rows: Runs, row: int, first: int, stop: int, columns: Float32) -> None:
     """Add the products of a row with itself and the two before it, at distances of up to two bins."""
     here = recent[row % _ROWS, first:stop]
     for dy in range(3):
+        if rows[(row - dy) % _ROWS] != row - dy:
+            continue
         for dx in range(-2 if dy else 1, 3):
             _add_products(here, recent[(row - dy) % _ROWS, first - dx : stop - dx], columns)
 
@@ -273,7 +275,7 @@ def _pass(
                 found, recent[above, first + _MARGIN - apart : stop + _MARGIN - apart], columns[15, first:stop]
             )
             if row % _NEIGHBOURS_EVERY == 0:
-                _add_near_products(recent, row, first + _MARGIN, stop + _MARGIN, columns[16, first:stop])
+                _add_near_products(recent, rows, row, first + _MARGIN, stop + _MARGIN, columns[16, first:stop])
                 pairs += stop - first
         for j in range(stop - first):
             if not kept[j] and inverse[a + j] > 0:
@@ -502,7 +504,8 @@ def _newton(model: Image, totals: Image, data: Image, values: Image) -> tuple[Im
             expected,
             totals,
         )
-        if abs(np.linalg.det(jacobian)) == 0 or not np.isfinite(jacobian).all():
+        known = np.isfinite(jacobian).all() and np.isfinite(data).all()
+        if not known or np.linalg.det(jacobian) == 0:
             return values, jacobian, False
         step = np.linalg.solve(jacobian, data - gain * expected - offset * totals)
         for axis in range(2):
@@ -547,7 +550,7 @@ def _lagrange(x: float) -> tuple[Image, Image]:
     return weights, slopes
 
 
-def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single) -> Estimate:
+def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single) -> Estimate | None:
     """Sandwich covariance of the solution, with what the reference's noise adds differently at each fraction."""
     sums, parameters = solved.sums, solved.parameters
     fraction, gain = parameters.shift, parameters.gain
@@ -557,19 +560,22 @@ def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single
     meat = _frame_scatter(sums.scatter, gain**2 * solved.borne * part * template.whole.products)
     meat[:2, :2] += gain**2 * np.einsum("klij,i,j->kl", template.wander, fraction, fraction)
     covariance = bread @ meat @ bread.T * _inflation(sums, used)
+    if not np.isfinite(covariance).all():
+        return None
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
-    unexplained, scale = max(sums.apart, 0.0) / used, sums.squares / used
+    scale = unit.scale / template.scale
+    unexplained, square = max(sums.apart, 0.0) / used, sums.squares / used
     whole = unexplained + gain**2 * template.structure
     return Estimate(
         shift=np.array(placed.start) + fraction,
         covariance=covariance[:2, :2],
-        gain=gain * unit.scale,
+        gain=gain * scale,
         offset=parameters.offset * unit.scale + unit.origin,
-        variance=parameters.own * unit.scale**2,
+        variance=parameters.own * scale**2,
         significance=gain / deviation if deviation > 0 else np.inf,
         outliers=sums.outliers / (used + sums.outliers),
         mismatch=unexplained / whole if whole > 0 else 0.0,
-        mismatch_significance=unexplained / scale * np.sqrt(used) if scale > 0 else 0.0,
+        mismatch_significance=unexplained / square * np.sqrt(used) if square > 0 else 0.0,
         start=placed.start,
         product=placed.product,
     )

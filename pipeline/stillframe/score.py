@@ -69,7 +69,8 @@ def masked_score(product: float, moved: Moments, fixed: Moments) -> float:
     variation = [sums.squares - sums.total**2 / count for sums in (moved, fixed)]
     if min(variation) <= 0:
         return np.nan
-    return float((product - moved.total * fixed.total / count) / np.sqrt(variation[0] * variation[1]))
+    score = (product - moved.total * fixed.total / count) / np.sqrt(variation[0] * variation[1])
+    return float(np.clip(score, -1, 1))
 
 
 def meeting(picture: Picture, others: Holes, shift: tuple[int, int]) -> Moments:

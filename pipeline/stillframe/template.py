@@ -50,7 +50,7 @@ _PARTS, _FEWEST_PARTS = 0.05, 8
 _BANDS, _BAND = 4, 128
 """Bands, and rows of each, by which the smoothing for a large picture is chosen."""
 _SAMPLED = 20_000
-"""Pixels that suffice to begin with."""
+"""Bins that suffice to begin with."""
 _GAP = 64
 """Gaps of up to so many pixels are gone through with the runs around them."""
 _SPARSEST = 24
@@ -100,13 +100,15 @@ class Template:
     wander: Image
     """How the reference's noise changes with the fraction: Σ ∂_i T_k ∂_j T_l v, (2, 2, 2, 2)."""
     grain: float
-    """Step of one count in the reference, in its unit of intensity; 0 where noise does not come in counts."""
+    """Step of one count in the reference, in units of ``scale``; 0 where noise does not come in counts."""
     smoothing: float
     """Standard deviation of the templates' Gaussian, pixels."""
     common: Image
     """Covariance (2, 2), px², of the offset that the reference's own noise gives to all frames alike."""
     apart: int
     """Bins so far apart along both axes share no noise, but structure."""
+    scale: float
+    """The reference's unit of intensity here: 1, or a power of 2 where single precision would not hold its squares."""
     structure: float
     """Mean product of bins of the support that far apart, each less the mean and over its standard deviation."""
 
@@ -119,16 +121,17 @@ def prepare_template(
     smoothing: float | None = None,
     *,
     level: float = 0.0,
+    scale: float = 1.0,
 ) -> Template | None:
     """Prepare the templates, with the smoothing that promises the smallest errors unless one is given.
 
-    ``level`` was taken off the image, so that single precision holds it whatever its pedestal.
+    ``level`` was taken off the image and ``scale`` divided by, so that single precision holds it.
     Returns None where the picture holds too little structure for its noise, or too few pixels.
     """
     width = smoothing or _best_smoothing(image, mask, noise, weights)
     if width is None:
         return None
-    return _template(_best_bins(_Smoothed.of(image, mask, noise, width), weights), noise, level)
+    return _template(_best_bins(_Smoothed.of(image, mask, noise, width), weights), noise, level, scale)
 
 
 def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
@@ -265,7 +268,7 @@ def _slope(image: Image, axis: int) -> Image:
     return np.asarray(scipy.ndimage.correlate1d(image, [-0.5, 0, 0.5], axis=axis))
 
 
-def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
+def _template(draft: _Draft, noise: Noise, level: float, scale: float) -> Template | None:
     """Sum what the estimating equations need over the support."""
     support, side = draft.support, draft.side
     if np.count_nonzero(support) < FEWEST:
@@ -289,6 +292,7 @@ def _template(draft: _Draft, noise: Noise, level: float) -> Template | None:
         smoothing=draft.smoothed.width,
         common=inverse @ whole.products[:2, :2] @ inverse.T,
         apart=apart,
+        scale=scale,
         structure=_structure(at_bins(draft.boxes, side), draft.scatter, support, apart),
     )
 

@@ -100,8 +100,9 @@ def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: in
     pixels = math.prod(layout.shape)
     padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
     reading = frames * layout.frame_bytes + layout.decoding_bytes
-    writing = 2 * frames * pixels * output_itemsize
-    return _TRANSIENT + max(170 * pixels, 16 * pixels + 24 * padded + reading + writing)
+    # Integers shrink; the noise of floats does not.
+    writing = (2 if layout.itemsize < 4 else 3) * frames * pixels * output_itemsize
+    return _TRANSIENT + max(180 * pixels, 16 * pixels + 24 * padded + reading + writing)
 
 
 def make_plan(
