@@ -7,7 +7,7 @@ the reference are known at every pixel.
 See :mod:`stillframe.refine` for the equations these belong to.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numba
@@ -43,6 +43,8 @@ _SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Standard deviations (px) of the Gaussians that are tried for the templates."""
 _KEPT_INFORMATION = 0.995
 """Part of the Fisher information that the support keeps."""
+_FLAT = 0.005
+"""Bins are left out only if their share of the noise in templates and reference is less than this part of all."""
 _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
 _PARTS, _FEWEST_PARTS = 0.05, 8
@@ -216,7 +218,24 @@ class _Draft:
         weight = seen.astype(np.float64) * uniform if uniform else inverse
         support = _support(inner, weight * (slopes**2).sum(axis=0), side)
         boxes = box_means(smoothed.image, side)
-        return cls(smoothed, side, boxes, bin_means(smoothed.soft, side), slopes, scatter, weight, support, uniform)
+        draft = cls(smoothed, side, boxes, bin_means(smoothed.soft, side), slopes, scatter, weight, support, uniform)
+        return replace(draft, support=inner) if draft.follows_noise(inner) else draft
+
+    def follows_noise(self, inner: Mask) -> bool:
+        """Tell whether the bins that were left out are those where noise happens to be flat.
+
+        The noise that templates and reference share is then more than expected in those that remain.
+        """
+        jacobian, shared = self._curvatures()
+        left = int(np.count_nonzero(inner)) / max(1, int(np.count_nonzero(self.support))) - 1
+        return bool((np.abs(np.diag(shared)) * left > _FLAT * np.abs(np.diag(jacobian))).any())
+
+    def _curvatures(self) -> tuple[Image, Image]:
+        """Derivative of the first two equations by the shift (2, 2), and what of it was noise."""
+        templates = (self.weight * self.slopes)[:, self.support]
+        change = [at_bins(_slope(self.boxes, axis), self.side)[self.support] for axis in (0, 1)]
+        shared = curvature(self.shared_noise(self.support))
+        return templates @ np.stack(change).T - shared, shared
 
     def known(self) -> Image:
         """Return the bins of the reference, their slopes and their bends, (6, y, x)."""
@@ -235,9 +254,7 @@ class _Draft:
         if np.count_nonzero(self.support) < FEWEST:
             return np.inf
         templates = (self.weight * self.slopes)[:, self.support]
-        change = [at_bins(_slope(self.boxes, axis), self.side)[self.support] for axis in (0, 1)]
-        shared = curvature(self.shared_noise(self.support))
-        jacobian = templates @ np.stack(change).T - shared
+        jacobian, shared = self._curvatures()
         if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or np.linalg.cond(jacobian) > _MOST_SKEWED:
             return np.inf
         variance = (templates * self.scatter[self.support]) @ templates.T

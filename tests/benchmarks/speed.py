@@ -113,7 +113,7 @@ def kernel(size, peers):
     return {"size": size, "seconds": times, **shifts}
 
 
-def bins(frames=50):
+def bins(frames=20):
     """In which bins the whole-pixel peak of frames was beyond doubt, by pattern and dose; 1 is the exact search."""
     counts = []
     for pattern, dose in product(("rings", "spots"), (200, 20, 2)):
@@ -269,7 +269,7 @@ class Stages:
         self.all(BothStages(register, align), [(unit, "", {}) for unit in self.plan.units])
 
 
-def stages(source, reference, folder, workers, repeats):
+def stages(source, reference, folder, workers, repeats, names=None):
     """Times of the stages over all units, seconds, and the workers' memory, bytes."""
     settings = Settings(frames=source.path, out=folder / "run", workers=workers)
     with executor(settings) as cluster:
@@ -283,7 +283,7 @@ def stages(source, reference, folder, workers, repeats):
             "cubic": lambda: one.both("cubic", "float32"),
         }
         one.register()
-        times = best_in_turn(works, repeats)
+        times = best_in_turn({name: works[name] for name in names or works}, repeats)
         peaks = cluster.client.run(peak_memory)
         per_frame = {name: seconds / one.plan.frames for name, seconds in times.items()}
         predicted = unit_memory(one.layout, one.plan.unit_frames, 4, MAX_SHIFT) + 350 * 2**20
@@ -345,7 +345,19 @@ def linked(store, times, folder):
 def first_result(store, mask, folder, cache):
     """Seconds from the command to the first unit's record."""
     shutil.rmtree(folder / "first", ignore_errors=True)
-    command = [sys.executable, "-m", "stillframe", "run", store, "--mask", mask, "--out", folder / "first"]
+    command = [
+        sys.executable,
+        "-m",
+        "stillframe",
+        "run",
+        store,
+        "--mask",
+        mask,
+        "--out",
+        folder / "first",
+        "--reference",
+        "0",
+    ]
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], env=environment, stderr=subprocess.DEVNULL)
@@ -423,7 +435,7 @@ def rows(results):
         yield "today's way / ours, per frame:", round(results["today"]["seconds_per_frame"] / ours)
     if "growth" in results:
         few, many = (one["seconds_per_frame"] for one in results["growth"])
-        for name in ("register", "whole_pixels"):
+        for name in ("read", "register"):
             yield (
                 f"{name}, per frame of {results['growth'][1]['frames']} / {results['growth'][0]['frames']} frames:",
                 (round(many[name] / few[name], 3)),
