@@ -7,7 +7,9 @@ the reference are known at every pixel.
 See :mod:`stillframe.refine` for the equations these belong to.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import numba
@@ -35,15 +37,17 @@ _APART = 3
 """Pixels so far apart along both axes share no noise, but structure."""
 _SIDES = (4, 2)
 """Pixels of a bin along either axis, where bins pay."""
-_LOSS = 0.02
+_LOSS = 0.03
 """Bins may enlarge the variance of shifts by this part."""
 _MOST_USEFUL_BINS = 16_384
 """With fewer bins than this in the support, time is no matter and smaller ones stand hits better."""
+_MOST_PIXELS = 2**21
+"""Larger pictures are binned at least by 2: templates of more pixels would take more memory than all else."""
 _SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Standard deviations (px) of the Gaussians that are tried for the templates."""
 _KEPT_INFORMATION = 0.995
 """Part of the Fisher information that the support keeps."""
-_FLAT = 0.005
+_FLAT = 0.02
 """Bins are left out only if their share of the noise in templates and reference is less than this part of all."""
 _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
@@ -150,10 +154,10 @@ def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) ->
 
 
 def _best_bins(smoothed: "_Smoothed", weights: Weights) -> "_Draft":
-    """Choose the largest bins that promise hardly larger errors than single pixels."""
-    finest = _Draft.of(smoothed, weights, 1)
+    """Choose the largest bins that promise hardly larger errors than the smallest that memory allows."""
+    finest = _Draft.of(smoothed, weights, 1 if smoothed.image.size <= _MOST_PIXELS else 2)
     limit = finest.promise() * (1 + _LOSS)
-    for side in _SIDES:
+    for side in (side for side in _SIDES if side > finest.side):
         draft = _Draft.of(smoothed, weights, side)
         if np.count_nonzero(draft.support) >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
             return draft
@@ -237,13 +241,15 @@ class _Draft:
         shared = curvature(self.shared_noise(self.support))
         return templates @ np.stack(change).T - shared, shared
 
-    def known(self) -> Image:
-        """Return the bins of the reference, their slopes and their bends, (6, y, x)."""
+    def known(self) -> Iterator[Image]:
+        """Yield the bins of the reference, their slopes along y and x and their bends along yy, yx and xx."""
         boxes = self.boxes
-        slopes = [_slope(boxes, axis) for axis in (0, 1)]
-        bends = [scipy.ndimage.correlate1d(boxes, [1, -2, 1], axis=axis, mode="nearest") for axis in (0, 1)]
-        whole = (boxes, *slopes, bends[0], _slope(slopes[0], 1), bends[1])
-        return np.stack([at_bins(one, self.side) for one in whole])
+        yield at_bins(boxes, self.side)
+        for axis in (0, 1):
+            yield at_bins(_slope(boxes, axis), self.side)
+        yield at_bins(_bend(boxes, 0), self.side)
+        yield at_bins(_slope(_slope(boxes, 0), 1), self.side)
+        yield at_bins(_bend(boxes, 1), self.side)
 
     def promise(self) -> float:
         """Variance of shifts, px², that frames with the reference's noise would have; infinite where noise prevails.
@@ -279,6 +285,10 @@ class _Draft:
         lags = np.ix_(*[[reach - lag for lag in range(-REACH, REACH + 1)]] * 2)
         total = float(self.weight[bins] @ self.scatter[bins])
         return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((SIZE, SIZE))])
+
+
+def _bend(image: Image, axis: int) -> Image:
+    return np.asarray(scipy.ndimage.correlate1d(image, [1, -2, 1], axis=axis))
 
 
 def _slope(image: Image, axis: int) -> Image:
@@ -328,10 +338,13 @@ def _equations(draft: _Draft, image: Float32, support: Mask, rows: Runs) -> Equa
     inside = _inside(runs, support.shape)
     scatter = np.where(support, draft.scatter, 1.0)[inside]
     here = support[inside]
-    parts = [*draft.slopes[:, inside], draft.soft[inside], *draft.known()[:, inside], 1 / np.sqrt(scatter)]
+    parts = chain((one[inside] for one in (*draft.slopes, draft.soft)), (one[inside] for one in draft.known()))
+    fields = np.zeros((INVERSE + (2 if draft.uniform else 1), len(here)), np.float32)
+    for row, part in zip(fields[:INVERSE], parts, strict=True):
+        row[:] = part * here
+    fields[INVERSE] = here / np.sqrt(scatter)
     if draft.uniform:
-        parts.append(draft.uniform * np.sqrt(scatter))
-    fields = (np.stack(parts) * here).astype(np.float32)
+        fields[-1] = here * draft.uniform * np.sqrt(scatter)
     # As they are in the fields, to the last bit.
     weight = fields[INVERSE].astype(np.float64) * fields[-1]
     templates = np.stack([weight * fields[0], weight * fields[1], weight * fields[2], weight])

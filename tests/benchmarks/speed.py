@@ -81,7 +81,7 @@ def itk_registration(fixed, frame, mask):
 
     itk.MultiThreaderBase.SetGlobalMaximumNumberOfThreads(1)
     images = [itk.image_from_array(image.astype(np.float32)) for image in (fixed, frame)]
-    masks = [itk.image_from_array(mask.astype(np.uint8))] * 2
+    masks = [itk.image_from_array(mask.astype(np.float32))] * 2
     work = itk.MaskedFFTNormalizedCorrelationImageFilter.New(
         FixedImage=images[0], MovingImage=images[1], FixedImageMask=masks[0], MovingImageMask=masks[1]
     )
