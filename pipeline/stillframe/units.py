@@ -12,7 +12,7 @@ TARGET_BYTES = 128 * 2**20
 NOMINAL_MEMORY = 3 * 2**30
 """What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
 _DECODED_AT_ONCE = 2
-_TRANSIENT = 64 * 2**20
+_TRANSIENT = 80 * 2**20
 """What does not depend on the size of frames: compiled code, buffers."""
 MOST_FRAMES = 32
 """Frames of a unit at most, unless the input's chunks hold more."""
