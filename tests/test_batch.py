@@ -351,12 +351,12 @@ def test_any_input_chunking_gives_the_same_shifts(chunks, stored, undisturbed, e
 def test_frames_split_beyond_memory_are_put_together_in_parts(stored, experiment, tmp_path, capfd):
     frames = np.stack([experiment.render(i) for i in range(experiment.frames)])
     store_frames(tmp_path / "frames.zarr", frames, chunks=(24, 10, 80))
-    needed = unit_memory(open_source(tmp_path / "frames.zarr").layout, 8, 2, 12)
+    needed = unit_memory(open_source(tmp_path / "frames.zarr").layout, 12, 2, 12)
     memory = (needed + _PROCESS_BYTES + 1000) / _SHARE / 2**30
     run(settings((tmp_path / "frames.zarr", stored[1]), tmp_path / "run", unit_frames=None, memory=memory))
     told = capfd.readouterr().err
-    assert "units of 8 frames" in told
-    assert "decoded 3× per pass" in told
+    assert "units of 12 frames" in told
+    assert "decoded 2× per pass" in told
     assert "more memory per worker" in told
 
 
