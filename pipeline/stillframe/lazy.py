@@ -258,8 +258,8 @@ def align(
         From :func:`register`, lazy or computed; needs nothing else. ``applied`` is used where it is there,
         else ``shift``.
     interpolation : {"nearest", "linear", "cubic", "lanczos"}
-        "nearest" moves by whole pixels and keeps the dtype and every count; the others hold fractions and
-        are exact where the shift is whole.
+        "nearest" moves by whole pixels and keeps the dtype and every count; the others hold fractions, of integer
+        frames to 1/16 of a count, and are exact where the shift is whole.
     fill : float, optional
         Value of pixels nothing was observed for, frames without a shift among them: NaN for floats, 0 for
         integers by default; stated in the attribute ``fill``.

@@ -127,18 +127,17 @@ class _Sums(NamedTuple):
 def _residuals(
     values: Float32,
     valid: Mask,
-    level: Float32,
-    slope_y: Float32,
-    slope_x: Float32,
-    bend_yy: Float32,
-    bend_yx: Float32,
-    bend_xx: Float32,
-    inverse: Float32,
+    fields: Float32,
+    begin: int,
     parameters: Float32,
     out: Float32,
     kept: npt.NDArray[np.uint8],
 ) -> None:
     """Residuals of one run over the reference's standard deviation, 0 where they are no noise."""
+    end = begin + len(values)
+    level, slope_y, slope_x = fields[LEVEL, begin:end], fields[LEVEL + 1, begin:end], fields[LEVEL + 2, begin:end]
+    bend_yy, bend_yx = fields[LEVEL + 3, begin:end], fields[LEVEL + 4, begin:end]
+    bend_xx, inverse = fields[LEVEL + 5, begin:end], fields[INVERSE, begin:end]
     gain, along_y, along_x, along_yy, along_yx, along_xx, offset, limit, above, below = parameters
     for i in range(len(values)):
         moved = along_y * slope_y[i] + along_x * slope_x[i]
@@ -242,7 +241,7 @@ def _pass(
     totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, LAGS))
     width = means.shape[1]
     columns = np.zeros((17, width), np.float32)
-    slope_y, slope_x, soft, level, inverse, pull = fields[0], fields[1], fields[2], fields[3], fields[9], fields[-1]
+    slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[INVERSE], fields[-1]
     kept, patch = np.empty(width, np.uint8), np.empty(LAGS)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
     recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), np.full(_ROWS, -1)
@@ -255,20 +254,7 @@ def _pass(
             recent[place] = 0
             rows[place] = row
         found = recent[place, first + _MARGIN : stop + _MARGIN]
-        _residuals(
-            means[row, first:stop],
-            whole[row, first:stop],
-            level[a:b],
-            fields[4, a:b],
-            fields[5, a:b],
-            fields[6, a:b],
-            fields[7, a:b],
-            fields[8, a:b],
-            inverse[a:b],
-            parameters,
-            found,
-            kept,
-        )
+        _residuals(means[row, first:stop], whole[row, first:stop], fields, a, parameters, found, kept)
         _add(found, slope_y[a:b], slope_x[a:b], soft[a:b], pull[a:b], columns, first)
         if rows[above] == row - apart:
             _add_products(
@@ -283,16 +269,23 @@ def _pass(
                 outliers += whole[row, first + j]
                 _leave_out(fields[:, a + j], image, row * side, (first + j) * side, patch, model, totals, linear)
         a = b
-    sums = np.zeros(17)
-    for k in range(17):
-        for x in range(width):
+    sums, scatter = _sum_up(columns)
+    lags = model.reshape(4, SIZE, SIZE)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, lags, totals, linear, left, outliers)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_up(columns: Float32) -> tuple[Image, Image]:
+    """Sum over the columns; rows 4…13 are the upper triangle of a symmetric matrix, returned besides."""
+    sums, scatter, n = np.zeros(len(columns)), np.zeros((4, 4)), 4
+    for k in range(len(columns)):
+        for x in range(columns.shape[1]):
             sums[k] += np.float64(columns[k, x])
-    scatter, lags, n = np.zeros((4, 4)), model.reshape(4, SIZE, SIZE), 4
     for i in range(4):
         for j in range(i, 4):
             scatter[i, j] = scatter[j, i] = sums[n]
             n += 1
-    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, lags, totals, linear, left, outliers)
+    return sums, scatter
 
 
 @numba.njit(nogil=True, cache=True)
