@@ -344,3 +344,18 @@ def test_wrong_options_are_told(options, words):
 def test_noise_is_what_it_says():
     reference = Reference(np.eye(32), max_shift=4, noise=(2, 1))
     assert reference.known_noise == Noise(2.0, 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9, 1e15])
+def test_the_unit_of_intensity_does_not_matter(scale):
+    """Currents in ampere, or photons in joule: single precision would not hold their squares."""
+    draw = Draw()
+    frames, _ = draw.frames(4)
+    fixed = draw.frames(1, reach=0.0, seed=1)[0][0].astype(np.float64)
+    (plain, scaled) = (
+        match_frames(factor * frames.astype(np.float64), Reference(factor * fixed, draw.mask, max_shift=8))
+        for factor in (1.0, scale)
+    )
+    assert not plain["flag"].any() and not scaled["flag"].any()
+    for name in ("dy", "dx", "sigma_y", "sigma_x"):
+        np.testing.assert_allclose(scaled[name], plain[name], atol=0.1 * plain["sigma_y"].max())
