@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from stillframe import masked_ncc
 from stillframe.bins import at_bins, bin_means, bin_sums, box_means, in_single, moved_bins
-from stillframe.score import Holes, Moments, Picture, masked_score, meeting
-from stillframe.search import statistics
+from stillframe.runs import RowRuns, runs_of
+from stillframe.score import Moments, Picture, holes_of, masked_score, meeting
+from stillframe.survey import statistics, survey
 from strategies import masked_image
 
 
@@ -18,7 +19,7 @@ from strategies import masked_image
 @given(masked_image(), st.sampled_from([1, 2, 4, 8]))
 def test_bins_hold_the_sum_of_their_valid_pixels(drawn, side):
     image, mask = drawn
-    bins = bin_sums(image, mask, 0.5, side)
+    bins = bin_sums(image, RowRuns.of(mask), 0.5, side)
     expected = bin_means(np.where(mask, image - 0.5, 0), side) * side**2
     assert bins.shape == tuple(length // side for length in image.shape)
     np.testing.assert_allclose(bins, expected, atol=1e-4)
@@ -35,7 +36,7 @@ def test_moved_bins_are_those_of_the_moved_frame(drawn, side, shift):
         if 0 <= row < image.shape[0] and 0 <= column < image.shape[1] and mask[row, column]:
             moved[y, x], seen[y, x] = image[row, column] - 0.5, True
     rows = np.arange(-(-len(image) // side))
-    means, whole, product = moved_bins(image, mask, 0.5, fixed, shift, side, rows)
+    means, whole, product = moved_bins(image, RowRuns.of(mask), 0.5, fixed, shift, side, rows)
     np.testing.assert_array_equal(whole, bin_means(seen, side) == 1)
     np.testing.assert_allclose(means[whole], bin_means(moved, side)[whole], atol=1e-5)
     assert product == pytest.approx(np.sum(fixed * moved), abs=1e-3)
@@ -44,9 +45,57 @@ def test_moved_bins_are_those_of_the_moved_frame(drawn, side, shift):
 def test_only_some_rows_of_bins_are_read_on_request():
     frame = np.arange(144, dtype=np.uint16).reshape(12, 12)
     everything = np.ones(frame.shape, bool)
-    means, whole, _ = moved_bins(frame, everything, 0.0, np.zeros((12, 12), np.float32), (0, 0), 4, np.array([1]))
+    means, whole, _ = moved_bins(
+        frame, RowRuns.of(everything), 0.0, np.zeros((12, 12), np.float32), (0, 0), 4, np.array([1])
+    )
     assert whole.all(axis=1).tolist() == [False, True, False]
     np.testing.assert_allclose(means[1], bin_means(frame.astype(float), 4)[1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_image())
+def test_runs_hold_the_valid_pixels_of_each_row(drawn):
+    _, mask = drawn
+    valid = RowRuns.of(mask)
+    again = np.zeros(mask.shape, bool)
+    for row in range(len(mask)):
+        for y, first, stop in valid.runs[valid.firsts[row] : valid.firsts[row + 1]]:
+            assert y == row and first < stop and (stop == mask.shape[1] or not mask[row, stop])
+            again[row, first:stop] = True
+    np.testing.assert_array_equal(again, mask)
+    assert valid.pixels == mask.sum()
+
+
+def test_masks_without_a_valid_pixel_have_no_runs():
+    assert len(runs_of(np.zeros((5, 7), bool))) == 0
+    assert RowRuns.of(np.zeros((5, 7), bool)).firsts.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.float32])
+@pytest.mark.parametrize("side", [2, 8])
+def test_one_pass_tells_what_several_do(dtype, side):
+    """Short integers are gone through once; their numbers are those of any other dtype."""
+    generator = np.random.default_rng(3)
+    mask = generator.random((21, 37)) < 0.9
+    frame = generator.poisson(60, mask.shape).astype(dtype)
+    frame[~mask] = np.iinfo(dtype).max if np.dtype(dtype).kind != "f" else np.nan
+    limit = float(frame[mask].max()) - 3
+    known = survey(frame, mask, RowRuns.of(mask), limit, side)
+    np.testing.assert_allclose(known.seen, statistics(frame, mask, limit), rtol=1e-6)
+    assert known.seen.saturated == np.count_nonzero(frame[mask] >= limit) > 0
+    single = known.single
+    values = single.values.astype(float) - single.base
+    expected = bin_means(np.where(mask, values, 0), side) * side**2
+    np.testing.assert_allclose(known.bins, expected, atol=1e-4)
+
+
+def test_a_mean_far_from_most_pixels_costs_no_precision():
+    frame = np.full((64, 64), 65000, np.uint16)
+    frame[::2, 32:] = 65001
+    mask = np.ones(frame.shape, bool)
+    seen = survey(frame, mask, RowRuns.of(mask), np.inf, 8).seen
+    assert seen.mean == pytest.approx(frame.mean(), rel=1e-9)
+    assert seen.deviation == pytest.approx(frame.std(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint64, np.float32, np.float64])
@@ -65,7 +114,7 @@ def test_boxes_begin_at_each_pixel():
 
 def described(image, mask):
     known = image[mask]
-    return Picture(image, mask, 0.0, Moments(known.size, known.sum(), known @ known), Holes.of(mask))
+    return Picture(image, mask, 0.0, Moments(known.size, known.sum(), known @ known), holes_of(mask))
 
 
 @settings(max_examples=50, deadline=None)
@@ -76,11 +125,11 @@ def test_the_score_at_each_shift_is_that_of_the_surface(one, other):
     ncc, lags_y, lags_x = masked_ncc(fixed, frame, mask, valid, max_shift=13, overlap_ratio=0.3)
     single = in_single(frame, 0.0, 1.0)
     seen = statistics(frame, valid, np.inf)
-    holes = Holes.of(valid)
+    holes = holes_of(valid)
     picture = Picture.of(single, valid, seen, int(valid.sum()), holes)
     for (i, dy), (j, dx) in product_of(enumerate(lags_y), enumerate(lags_x)):
         if np.isfinite(ncc[i, j]) and abs(ncc[i, j]) < 0.999:
-            *_, product = moved_bins(single.values, valid, single.base, fixed, (dy, dx), 1, np.arange(14))
+            *_, product = moved_bins(single.values, RowRuns.of(valid), single.base, fixed, (dy, dx), 1, np.arange(14))
             still = described(fixed, mask)
             moments = meeting(picture, still.holes, (dy, dx)), meeting(still, holes, (-dy, -dx))
             assert moments[0].pixels == moments[1].pixels

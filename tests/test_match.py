@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from stillframe import Flag, Reference, masked_ncc, match_frames
 from stillframe.average import usable_frames
 from stillframe.match import MATCH_DTYPE
-from stillframe.search import Search, statistics
+from stillframe.search import Search
+from stillframe.survey import statistics
 from strategies import seeds
 from synthetic import blocked, texture, windows
 

@@ -11,7 +11,7 @@ from stillframe.checks import as_mask, native, real
 from stillframe.match import judge
 from stillframe.ncc import Mask
 from stillframe.reference import saturation_limit
-from stillframe.search import statistics
+from stillframe.survey import statistics
 
 Read = Callable[[Sequence[int]], npt.NDArray[Any]]
 """Gives the frames (frame, y, x) of some indices; those that cannot be read may be left out."""

@@ -8,19 +8,20 @@ import numpy.typing as npt
 import scipy.ndimage
 
 from stillframe.ncc import Image, Mask
+from stillframe.runs import Places, RowRuns
 
 Float32 = npt.NDArray[np.float32]
 
-_SHORT = ("i1", "u1", "i2", "u2")
+SHORT = ("i1", "u1", "i2", "u2")
 """Frames that are read as they are."""
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_row(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], base: float, sums: Float32) -> None:
+def _add_row(values: npt.NDArray[Any], base: float, sums: Float32) -> None:
     """Add a row to the sums of its columns."""
     lowest = np.float32(base)
-    for x in range(len(sums)):
-        sums[x] += np.float32(values[x]) - lowest if valid[x] else np.float32(0)
+    for x in range(len(values)):
+        sums[x] += np.float32(values[x]) - lowest
 
 
 @numba.njit(nogil=True, cache=True)
@@ -31,7 +32,7 @@ def _halve(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Add up neighbours, two by two, as often as there is room."""
     size = len(values)
     for level in range(len(room)):
@@ -42,22 +43,24 @@ def _fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _folds(side: int) -> int:
+def folds(side: int) -> int:
     """Return how often two and two make one of so many."""
     return int(np.rint(np.log2(side)))
 
 
 @numba.njit(nogil=True, cache=True)
-def bin_sums(image: npt.NDArray[Any], mask: Mask, base: float, side: int) -> Float32:
+def bin_sums(image: npt.NDArray[Any], valid: RowRuns, base: float, side: int) -> Float32:
     """Return the sum of (image − base) over the valid pixels of each bin, whose side is a power of 2."""
+    runs, firsts = valid
     height, width = image.shape[0] // side, image.shape[1] // side
-    out, sums = np.empty((height, width), np.float32), np.empty(width * side, np.float32)
-    room = np.empty((_folds(side), width * side), np.float32)
-    for y in range(height):
+    out, sums = np.empty((height, width), np.float32), np.empty(image.shape[1], np.float32)
+    room = np.empty((folds(side), width * side), np.float32)
+    for row in range(height):
         sums[:] = 0
-        for row in range(y * side, y * side + side):
-            _add_row(image[row], mask[row], base, sums)
-        out[y] = _fold(sums, room)
+        for k in range(firsts[row * side], firsts[row * side + side]):
+            y, first, stop = runs[k]
+            _add_row(image[y, first:stop], base, sums[first:stop])
+        out[row] = fold(sums[: width * side], room)
     return out
 
 
@@ -80,7 +83,7 @@ def in_single(frame: npt.NDArray[Any], mean: float, deviation: float) -> Single:
     mean, deviation : float
         About those of its valid pixels.
     """
-    if frame.dtype.str[1:] in _SHORT:
+    if frame.dtype.str[1:] in SHORT:
         base = float(np.float32(mean))
         return Single(frame, base, base, 1.0)
     scale = deviation or 1.0
@@ -99,27 +102,31 @@ def _standardized(frame: npt.NDArray[Any], origin: float, scale: float) -> Float
 
 @numba.njit(nogil=True, cache=True)
 def _add_moved(
-    values: npt.NDArray[Any],
-    valid: npt.NDArray[np.bool_],
-    fixed: npt.NDArray[Any],
-    base: float,
-    sums: Float32,
-    pixels: npt.NDArray[np.uint8],
-    products: Float32,
+    values: npt.NDArray[Any], fixed: npt.NDArray[Any], base: float, sums: Float32, products: Float32
 ) -> None:
-    """Add a row's valid pixels to the sums of their columns, count them, and add up fixed · value."""
+    """Add some of a row to the sums of their columns, and add up fixed · value."""
     lowest = np.float32(base)
     for x in range(len(values)):
-        value = np.float32(values[x]) - lowest if valid[x] else np.float32(0)
+        value = np.float32(values[x]) - lowest
         sums[x] += value
-        pixels[x] += valid[x]
         products[x] += np.float32(fixed[x]) * value
+
+
+@numba.njit(nogil=True, cache=True)
+def _cut(runs: Places, shift: int, side: int, whole: npt.NDArray[np.bool_], width: int) -> None:
+    """Take the bins of a row that hold a pixel between its runs, moved along it, off the whole ones."""
+    end = 0
+    for k in range(len(runs) + 1):
+        begin = min(max(runs[k, 1] + shift, 0), width) if k < len(runs) else width
+        for n in range(end // side, min(-(-begin // side), len(whole)) if begin > end else 0):
+            whole[n] = False
+        end = max(end, min(runs[k, 2] + shift, width)) if k < len(runs) else width
 
 
 @numba.njit(nogil=True, cache=True)
 def moved_bins(
     frame: npt.NDArray[Any],
-    mask: Mask,
+    valid: RowRuns,
     base: float,
     fixed: npt.NDArray[Any],
     shift: tuple[int, int],
@@ -129,38 +136,37 @@ def moved_bins(
     """Return means over bins of (frame − base) to which a whole-pixel shift was applied, and which of these are whole.
 
     A bin with an invalid pixel, or one beyond the frame's border, is not, and has no meaning. Its side is a power of
-    2, at most 8. Only some rows of bins are gone through. The third result is the sum over their valid pixels of
+    2. Only some rows of bins are gone through. The third result is the sum over their valid pixels of
     ``fixed · (frame − base)``.
     """
     height, width = frame.shape
-    means = np.zeros((height // side, width // side), np.float32)
+    means = np.zeros((-(-height // side), width // side), np.float32)
     whole = np.zeros(means.shape, np.bool_)
-    used, part = means.shape[1] * side, np.float32(1 / side**2)
-    sums, pixels, products = np.empty(width, np.float32), np.empty(width, np.uint8), np.zeros(width, np.float32)
-    room, counting = np.empty((_folds(side), width), np.float32), np.empty((_folds(side), width), np.uint8)
-    first, last = max(0, shift[1]), min(width, width + shift[1])
-    begin, end = first - shift[1], last - shift[1]
+    used, part, along = means.shape[1] * side, np.float32(1 / side**2), shift[1]
+    sums, products = np.empty(width, np.float32), np.zeros(width, np.float32)
+    room = np.empty((folds(side), used), np.float32)
     for row in rows:
-        sums[:], pixels[:] = 0, 0
+        sums[:], whole[row] = 0, True
         for y in range(row * side, min(row * side + side, height)):
-            origin = y - shift[0]
-            if 0 <= origin < height and first < last:
-                _add_moved(
-                    frame[origin, begin:end],
-                    mask[origin, begin:end],
-                    fixed[y, first:last],
-                    base,
-                    sums[first:last],
-                    pixels[first:last],
-                    products[first:last],
-                )
-        if row < len(means):
-            means[row] = _fold(sums[:used], room) * part
-            whole[row] = _fold(pixels[:used], counting) == side**2
+            here = _runs_of_row(valid, y - shift[0])
+            for k in range(len(here)):
+                begin, end = max(here[k, 1], -along), min(here[k, 2], width - along)
+                if begin < end:
+                    a, b = begin + along, end + along
+                    _add_moved(frame[here[k, 0], begin:end], fixed[y, a:b], base, sums[a:b], products[a:b])
+            _cut(here, along, side, whole[row], width)
+        means[row] = fold(sums[:used], room) * part
     total = 0.0
     for x in range(width):
         total += np.float64(products[x])
-    return means, whole, total
+    return means[: height // side], whole[: height // side], total
+
+
+@numba.njit(nogil=True, cache=True)
+def _runs_of_row(valid: RowRuns, row: int) -> Places:
+    """Return the runs of a row; none where there is no such row."""
+    runs, firsts = valid
+    return runs[firsts[row] : firsts[row + 1]] if 0 <= row < len(firsts) - 1 else runs[:0]
 
 
 def box_means(image: Image, side: int) -> Image:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.bins import Float32, Single, bin_sums, in_single
+from stillframe.bins import Float32, bin_sums, in_single
 from stillframe.ncc import Mask
 from stillframe.peak import DECISIVE, Peak, find_peak
-from stillframe.search import Search, statistics
+from stillframe.runs import RowRuns
+from stillframe.search import Search
+from stillframe.survey import Survey, statistics
 
 _FEWEST_BINS = 128
 """Along the shorter axis; smaller pictures are searched as they are."""
@@ -60,7 +62,8 @@ class CoarseSearch:
     def _search(self) -> Search:
         seen = statistics(self.image, self.mask, np.inf)
         part = self._part(self.mask)
-        bins = _means(in_single(self.image, seen.mean, seen.deviation), self.mask, part)
+        single = in_single(self.image, seen.mean, seen.deviation)
+        bins = bin_sums(single.values, RowRuns.of(self.mask), single.base, self.factor) * part
         return Search(bins, part > 0, self._frame_part > 0, self._reach + self._margin, self.overlap_ratio)
 
     @cached_property
@@ -69,16 +72,16 @@ class CoarseSearch:
 
     def _part(self, mask: Mask) -> Float32:
         """Return what each bin's sum is to be multiplied by; 0 where too few of its pixels are valid."""
-        pixels = bin_sums(mask, mask, 0.0, self.factor)
+        pixels = bin_sums(mask, RowRuns.of(mask), 0.0, self.factor)
         return np.divide(1, pixels, out=np.zeros_like(pixels), where=pixels >= _FULL * self.factor**2)
 
     def prepare(self) -> None:
         """Compute now what every frame needs."""
         self._search.prepare()
 
-    def find(self, frame: Single) -> Peak | None:
+    def find(self, frame: Survey) -> Peak | None:
         """Return the highest peak in bins, its shift in pixels; None where it is not beyond doubt."""
-        bins = _means(frame, self.frame_mask, self._frame_part)
+        bins = self._sums(frame) * self._frame_part
         ncc, overlap = self._search.surface(bins, statistics(bins, self._search.frame_mask, np.inf))
         peak = find_peak(ncc, overlap, self._margin, self.smoothing)
         if peak is None or not self._decisive(peak):
@@ -92,17 +95,16 @@ class CoarseSearch:
             return None
         return peak._replace(shift=(place[0], place[1]), reach=self.max_shift, slack=slack)
 
+    def _sums(self, frame: Survey) -> Float32:
+        if frame.side == self.factor:
+            return frame.bins
+        return bin_sums(frame.single.values, RowRuns.of(self.frame_mask), frame.single.base, self.factor)
+
     def _decisive(self, peak: Peak) -> bool:
         """Tell whether neither noise nor another peak can have made this the highest."""
         scatter = (1 - peak.score**2) / np.sqrt(max(peak.pixels, 1))
         null = 1 / np.sqrt(max(peak.pixels - 2, 1))
         return bool(peak.lead > DECISIVE * np.sqrt(2) * scatter and peak.score > 2 * DECISIVE * null)
-
-
-def _means(image: Single, mask: Mask, part: Float32) -> Float32:
-    """Return the mean of the valid pixels of each bin."""
-    side = len(mask) // len(part)
-    return bin_sums(image.values, mask, image.base, side) * part
 
 
 def _vertex(values: npt.NDArray[np.float64]) -> float:

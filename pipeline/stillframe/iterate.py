@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.average import AT_ONCE, Read, chosen_frames, mean_image, one_frame
-from stillframe.bins import in_single
 from stillframe.checks import native
 from stillframe.hits import find_hits
 from stillframe.match import judge, match_frames
@@ -18,7 +17,7 @@ from stillframe.noise import Noise, count_limit, measure_noise, smooth, variance
 from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
 from stillframe.resample import resample_frames
-from stillframe.search import statistics
+from stillframe.survey import statistics
 
 _STILL = 0.1
 """Shifts that change by less than this part of their error have arrived."""
@@ -248,10 +247,8 @@ class _Pile:
             return
         start = round(float(match["dy"])), round(float(match["dx"]))
         values = native(frame, "a frame", 2)
-        mask, fixed = self.reference.frame_mask, self.reference.steps
-        seen = statistics(values, mask, np.inf)
-        single = in_single(values, seen.mean, seen.deviation)
-        estimate = refine(single, mask, start, self.reference.template, fixed)
+        known = self.reference.survey(values)
+        estimate = refine(known.single, known.valid, start, self.reference.template, self.reference.steps)
         if estimate is None:
             return
         explained = self._explained(values, estimate)

@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import scipy.special
 
-from stillframe.bins import Single, in_single
+from stillframe.bins import Single
 from stillframe.checks import as_mask, boolean, native, real
 from stillframe.flags import FLAG_DTYPE, Flag
 from stillframe.ncc import Image, Mask
 from stillframe.peak import DECISIVE, ROUNDING, Peak
 from stillframe.reference import Reference, saturation_limit
 from stillframe.refine import Estimate, refine
-from stillframe.search import Statistics, statistics
+from stillframe.runs import RowRuns
+from stillframe.survey import Statistics, Survey
 
-KERNEL_VERSION = 4
+KERNEL_VERSION = 5
 """Raised whenever the same frames and settings would give other numbers."""
 
 MATCH_DTYPE = np.dtype(
@@ -133,52 +134,59 @@ def _frame_masks(masks: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDA
 def _match(frame: npt.NDArray[Any], reference: Reference, mask: Mask | None) -> tuple[float, ...]:
     valid = reference.frame_mask if mask is None else mask
     limit = saturation_limit(frame.dtype, reference.saturation)
-    seen = statistics(frame, valid, limit)
+    known = reference.survey(frame, mask, limit)
     pixels = reference.frame_pixels if mask is None else int(np.count_nonzero(valid))
-    if seen.not_finite or not pixels:
+    if known.seen.not_finite or not pixels:
         return no_match(Flag.CORRUPT)
-    tamed, seen_tamed = _tame(frame, seen, valid, reference)
-    unusable = judge(seen_tamed._replace(saturated=seen.saturated), pixels, reference.contrast)
+    tamed, compared = _tame(frame, known, valid, reference, mask)
+    unusable = judge(compared.seen._replace(saturated=known.seen.saturated), pixels, reference.contrast)
     if unusable:
-        return no_match(unusable, seen.mean)
-    single = in_single(frame, seen.mean, seen.deviation)
-    compared = single if tamed is frame else in_single(tamed, seen_tamed.mean, seen_tamed.deviation)
-    fitted = valid & (frame < limit) if seen.saturated else valid
-    return _search_and_refine(_Frame(single, fitted, valid, tamed, compared, seen_tamed, mask, seen.mean), reference)
+        return no_match(unusable, known.seen.mean)
+    fitted = RowRuns.of(valid & (frame < limit)) if known.seen.saturated else known.valid
+    return _search_and_refine(_Frame(known.single, fitted, valid, tamed, compared, mask, known.seen), reference)
 
 
 class _Frame(NamedTuple):
     """One frame on its way to a shift."""
 
     pixels: Single
-    fitted: Mask
+    fitted: RowRuns
     """Pixels that may be fitted."""
     valid: Mask
     """Pixels that may be compared."""
     tamed: npt.NDArray[Any]
     """The pixels without hits that would outweigh all others in a correlation."""
-    compared: Single
-    """The same, for single precision."""
-    seen: Statistics
+    compared: Survey
     """Of the tamed pixels."""
     mask: Mask | None
     """Its own mask, if it has one."""
-    intensity: float
+    seen: Statistics
+    """Of the pixels as they are."""
+
+    @property
+    def intensity(self) -> float:
+        """Mean of the valid pixels."""
+        return self.seen.mean
+
+    @property
+    def plain(self) -> bool:
+        """Whether the pixels that are compared are those that are fitted."""
+        return self.compared.single is self.pixels and not self.seen.saturated
 
 
 def _tame(
-    frame: npt.NDArray[Any], seen: Statistics, valid: Mask, reference: Reference
-) -> tuple[npt.NDArray[Any], Statistics]:
+    frame: npt.NDArray[Any], known: Survey, valid: Mask, reference: Reference, mask: Mask | None
+) -> tuple[npt.NDArray[Any], Survey]:
     """Cut what is far brighter than anything in the reference can be in this frame."""
-    top = reference.brightest - reference.usual
+    seen, top = known.seen, reference.brightest - reference.usual
     if seen.largest - seen.mean <= _BRILLIANT * top + 10 * seen.deviation:
-        return frame, seen
+        return frame, known
     low, high = np.quantile(frame[valid], _QUANTILES)
     ceiling = low + (high - low) * (2 * top / max(reference.upper - reference.usual, 1e-300) + 8)
     if not ceiling < seen.largest:
-        return frame, seen
+        return frame, known
     tamed = np.minimum(frame, np.asarray(np.ceil(ceiling)).astype(frame.dtype))
-    return tamed, statistics(tamed, valid, np.inf)
+    return tamed, reference.survey(tamed, mask)
 
 
 def no_match(flag: Flag, intensity: float = np.nan) -> tuple[float, ...]:
@@ -202,14 +210,14 @@ def judge(seen: Statistics, valid: int, contrast: float) -> Flag:
 
 def _search_and_refine(frame: _Frame, reference: Reference) -> tuple[float, ...]:
     """Find the whole-pixel shift, in a wider window if it lies at the edge of the first, and refine it."""
-    peak = reference.find_peak(frame.tamed, frame.compared, frame.seen, frame.mask)
+    peak = reference.find_peak(frame.tamed, frame.compared, frame.mask)
     if peak is None:
         return no_match(Flag.LOW_SCORE, frame.intensity)
     if not peak.at_edge:
         return _refined(frame, peak, reference)
     if peak.score < least_score(peak.pixels, peak.lags):
         return _given_up(peak, reference, frame.intensity)
-    farther = reference.find_farther_peak(frame.tamed, frame.seen, frame.mask)
+    farther = reference.find_farther_peak(frame.tamed, frame.compared.seen, frame.mask)
     if farther is None or farther.at_edge:
         return _given_up(farther or peak, reference, frame.intensity)
     return _refined(frame, farther, reference, int(Flag.AT_EDGE))
@@ -239,7 +247,7 @@ def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) ->
     if estimate is None or objection:
         return _record(_scored(frame, peak, peak.shift, reference), reference, frame.intensity, objection)
     nearest = round(float(estimate.shift[0])), round(float(estimate.shift[1]))
-    same = nearest == estimate.start and frame.compared is frame.pixels and frame.fitted is frame.valid
+    same = nearest == estimate.start and frame.plain
     scored = _scored(frame, peak, nearest, reference, estimate.product if same else None)
     return _record(scored, reference, frame.intensity, Flag(known), *estimate[:2])
 
@@ -257,7 +265,7 @@ def _scored(
     frame: _Frame, peak: Peak, shift: tuple[int, int], reference: Reference, product: float | None = None
 ) -> Peak:
     """Return the peak with the score of single pixels at a whole-pixel shift."""
-    score, pixels = reference.score(shift, frame.compared, frame.seen, frame.valid, product)
+    score, pixels = reference.score(shift, frame.compared.single, frame.compared.seen, frame.valid, product)
     return peak.scored(score, pixels) if peak.slack else peak._replace(score=score, pixels=float(pixels))
 
 

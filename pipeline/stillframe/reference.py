@@ -17,8 +17,10 @@ from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
-from stillframe.score import Holes, Moments, Picture, masked_score, meeting
-from stillframe.search import Search, Statistics, statistics
+from stillframe.runs import RowRuns
+from stillframe.score import Moments, Picture, holes_of, masked_score, meeting
+from stillframe.search import Search
+from stillframe.survey import Statistics, Survey, statistics, survey
 from stillframe.template import Template, Weights, prepare_template
 
 _MOST_SMOOTHING = 4.0
@@ -163,16 +165,24 @@ class Reference:
         width = self.template.smoothing if self.template and self.max_shift else 0.0
         return min(width, _MOST_SMOOTHING) if width > 1 else 0.0
 
-    def find_peak(
-        self, frame: npt.NDArray[Any], single: Single, seen: Statistics, frame_mask: Mask | None = None
-    ) -> Peak | None:
+    def survey(self, frame: npt.NDArray[Any], frame_mask: Mask | None = None, limit: float = np.inf) -> Survey:
+        """Go through a frame once, for all that ``find_peak`` needs to know."""
+        mask, valid = (self.frame_mask, self.valid) if frame_mask is None else (frame_mask, RowRuns.of(frame_mask))
+        return survey(frame, mask, valid, limit, self.coarse[0].factor if self.coarse else _ROWS)
+
+    @cached_property
+    def valid(self) -> RowRuns:
+        """Valid pixels of frames."""
+        return RowRuns.of(self.frame_mask)
+
+    def find_peak(self, frame: npt.NDArray[Any], known: Survey, frame_mask: Mask | None = None) -> Peak | None:
         """Return the highest masked NCC of a frame within the search; None where it is nowhere defined.
 
         What is refined later is looked for in bins first; where these leave a doubt, in smaller ones and pixel by
         pixel. The scores are those of what was searched.
         """
-        near = next(filter(None, (one.find(single) for one in self.coarse if frame_mask is None)), None)
-        return near or self._peak(self.search.surface(frame, seen, frame_mask), self.max_shift)
+        near = next(filter(None, (one.find(known) for one in self.coarse if frame_mask is None)), None)
+        return near or self._peak(self.search.surface(frame, known.seen, frame_mask), self.max_shift)
 
     def score(
         self, shift: tuple[int, int], frame: Single, seen: Statistics, mask: Mask, product: float | None = None
@@ -182,10 +192,11 @@ class Reference:
         ``product`` is that of ``steps`` with the frame there, if it is known.
         """
         static = mask is self.frame_mask
-        holes, pixels = (self._holes, self.frame_pixels) if static else (Holes.of(mask), int(np.count_nonzero(mask)))
+        holes, pixels = (self._holes, self.frame_pixels) if static else (holes_of(mask), int(np.count_nonzero(mask)))
         if product is None:
             rows = np.arange(-(-self.shape[0] // _ROWS))
-            *_, product = moved_bins(frame.values, mask, frame.base, self.steps, shift, _ROWS, rows)
+            valid = self.valid if static else RowRuns.of(mask)
+            *_, product = moved_bins(frame.values, valid, frame.base, self.steps, shift, _ROWS, rows)
         moved = meeting(Picture.of(frame, mask, seen, pixels, holes), self._picture.holes, shift)
         fixed = self._fixed_at(shift) if static else meeting(self._picture, holes, (-shift[0], -shift[1]))
         return masked_score(product, moved, fixed), moved.pixels
@@ -215,11 +226,11 @@ class Reference:
     def _picture(self) -> Picture:
         known = self.steps[self.trusted].astype(np.float64)
         moments = Moments(known.size, float(known.sum()), float(known @ known))
-        return Picture(self.steps, self.trusted, 0.0, moments, Holes.of(self.trusted))
+        return Picture(self.steps, self.trusted, 0.0, moments, holes_of(self.trusted))
 
     @cached_property
-    def _holes(self) -> Holes:
-        return Holes.of(self.frame_mask)
+    def _holes(self) -> RowRuns:
+        return holes_of(self.frame_mask)
 
     @cached_property
     def frame_pixels(self) -> int:

@@ -25,7 +25,8 @@ import scipy.special
 
 from stillframe.bins import Float32, Single, moved_bins
 from stillframe.ncc import Image, Mask
-from stillframe.template import FEWEST, INVERSE, LAGS, LEVEL, REACH, SIZE, Equations, Runs, Template, add_model
+from stillframe.runs import Places, RowRuns
+from stillframe.template import FEWEST, INVERSE, LAGS, LEVEL, REACH, SIZE, Equations, Template, add_model
 
 _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
@@ -195,7 +196,7 @@ def _add_products(one: Float32, other: Float32, columns: Float32) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_near_products(recent: Float32, rows: Runs, row: int, first: int, stop: int, columns: Float32) -> None:
+def _add_near_products(recent: Float32, rows: Places, row: int, first: int, stop: int, columns: Float32) -> None:
     """Add the products of a row with itself and the two before it, at distances of up to two bins."""
     here = recent[row % _ROWS, first:stop]
     for dy in range(3):
@@ -230,7 +231,7 @@ def _leave_out(
 def _pass(
     means: Float32,
     whole: Mask,
-    runs: Runs,
+    runs: Places,
     fields: Float32,
     image: Float32,
     side: int,
@@ -289,7 +290,7 @@ def _sum_up(columns: Float32) -> tuple[Image, Image]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _sampled(means: Float32, whole: Mask, runs: Runs, fields: Float32, step: int) -> npt.NDArray[np.float64]:
+def _sampled(means: Float32, whole: Mask, runs: Places, fields: Float32, step: int) -> npt.NDArray[np.float64]:
     """Reference, frame and weight of every so many bins that meet, (3, bins)."""
     out, n, i, next_one = np.empty((3, fields.shape[1] // step + 1)), 0, 0, 0
     for k in range(runs.shape[0]):
@@ -331,7 +332,12 @@ def _square_within(part: float) -> float:
 
 
 def refine(
-    frame: Single, mask: Mask, start: tuple[int, int], template: Template, fixed: npt.NDArray[Any], slack: float = 0.0
+    frame: Single,
+    valid: RowRuns,
+    start: tuple[int, int],
+    template: Template,
+    fixed: npt.NDArray[Any],
+    slack: float = 0.0,
 ) -> Estimate | None:
     """Refine a whole-pixel shift.
 
@@ -339,7 +345,7 @@ def refine(
     ----------
     frame : Single
         Of shape (y, x), finite where valid.
-    mask : ndarray of bool, shape (y, x)
+    valid : RowRuns
         Valid pixels of the frame.
     start : tuple of int
         Whole-pixel shift to apply, right to a few pixels.
@@ -356,7 +362,7 @@ def refine(
         None where the equations have no solution near the start.
     """
     reach = _WALK * max(1.0, template.smoothing) + slack
-    problem = _Problem(frame, mask, template, fixed)
+    problem = _Problem(frame, valid, template, fixed)
     at, known = problem.begin(start)
     tried: set[tuple[int, int]] = set()
     for _ in range(_STARTS):
@@ -408,14 +414,14 @@ class _Problem(NamedTuple):
     """One frame to be laid on one reference."""
 
     frame: Single
-    mask: Mask
+    valid: RowRuns
     template: Template
     fixed: npt.NDArray[Any]
 
     def at(self, start: tuple[int, int], equations: Equations) -> _Placed:
         """Apply a whole-pixel shift, for the bins of some equations."""
         values, base = self.frame.values, self.frame.base
-        bins = moved_bins(values, self.mask, base, self.fixed, start, self.template.side, equations.rows)
+        bins = moved_bins(values, self.valid, base, self.fixed, start, self.template.side, equations.rows)
         return _Placed(start, *bins)
 
     def begin(self, start: tuple[int, int]) -> tuple[tuple[int, int], _Parameters | None]:

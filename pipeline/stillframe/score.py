@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from stillframe.bins import Single
 from stillframe.ncc import Mask
-from stillframe.search import Statistics, runs_of
+from stillframe.runs import Places, RowRuns
+from stillframe.survey import Statistics
 
 
 class Moments(NamedTuple):
@@ -23,19 +24,9 @@ class Moments(NamedTuple):
     squares: float
 
 
-class Holes(NamedTuple):
-    """The invalid pixels of a mask."""
-
-    runs: npt.NDArray[np.int64]
-    """(row, first, stop), in order."""
-    firsts: npt.NDArray[np.int64]
-    """Where the runs of each row begin, and those of the last end."""
-
-    @classmethod
-    def of(cls, mask: Mask) -> "Holes":
-        """Find the runs."""
-        runs = runs_of(~mask)
-        return cls(runs, np.searchsorted(runs[:, 0], np.arange(len(mask) + 1)))
+def holes_of(mask: Mask) -> RowRuns:
+    """Find the runs of invalid pixels."""
+    return RowRuns.of(~mask)
 
 
 class Picture(NamedTuple):
@@ -48,10 +39,10 @@ class Picture(NamedTuple):
     """To be taken off each pixel."""
     moments: Moments
     """Of the valid pixels, the base taken off."""
-    holes: Holes
+    holes: RowRuns
 
     @classmethod
-    def of(cls, frame: Single, mask: Mask, seen: Statistics, pixels: int, holes: Holes) -> "Picture":
+    def of(cls, frame: Single, mask: Mask, seen: Statistics, pixels: int, holes: RowRuns) -> "Picture":
         """Describe a frame of which the statistics are known."""
         above, deviation = (seen.mean - frame.origin) / frame.scale, seen.deviation / frame.scale
         moments = Moments(pixels, pixels * above, pixels * (deviation**2 + above**2))
@@ -73,7 +64,7 @@ def masked_score(product: float, moved: Moments, fixed: Moments) -> float:
     return float(np.clip(score, -1, 1))
 
 
-def meeting(picture: Picture, others: Holes, shift: tuple[int, int]) -> Moments:
+def meeting(picture: Picture, others: RowRuns, shift: tuple[int, int]) -> Moments:
     """Sums over the valid pixels of one image which, moved by a shift (y, x), fall on valid ones of the other."""
     pixels, total, squares = _lost(picture.values, picture.mask, picture.base, *others, shift)
     known = picture.moments
@@ -97,7 +88,7 @@ def _lost(
     values: npt.NDArray[Any],
     mask: Mask,
     base: float,
-    runs: npt.NDArray[np.int64],
+    runs: Places,
     firsts: npt.NDArray[np.int64],
     shift: tuple[int, int],
 ) -> tuple[int, float, float]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,6 +24,8 @@ import numpy.typing as npt
 import scipy.fft
 
 from stillframe.ncc import Correlator, Image, Lags, Mask, WindowSums, normalize
+from stillframe.runs import runs_of
+from stillframe.survey import Statistics, statistics
 
 Float32 = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
@@ -34,123 +36,8 @@ _TILE = 640
 _MOST_RUNS = 8192
 """Beyond this many runs of invalid pixels two more correlations cost less than going through them."""
 
-
-_LARGEST = np.finfo(np.float64).max
-"""What is larger is not finite."""
 _LARGEST_IMBALANCE = 400.0
 """Single precision gives scores to about 3e-7 times the root of this."""
-
-
-class Statistics(NamedTuple):
-    """What a first pass over a frame's valid pixels tells."""
-
-    mean: float
-    deviation: float
-    smallest: float
-    largest: float
-    not_finite: int
-    saturated: int
-
-
-@numba.njit(nogil=True, cache=True)
-def _row_statistics(
-    values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
-) -> tuple[float, float, float, float, int, int, int]:
-    """Sum and sum of squares less a pivot, range, and how many are valid, not finite, at the limit."""
-    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
-    count, not_finite, saturated = 0, 0, 0
-    for x in range(len(values)):
-        value = np.float64(values[x])
-        seen, known = valid[x], abs(value) <= _LARGEST
-        good = seen & known
-        above = value - pivot if good else 0.0
-        total += above
-        squares += above * above
-        smallest = min(smallest, value if good else np.inf)
-        largest = max(largest, value if good else -np.inf)
-        count += good
-        not_finite += seen & (not known)
-        saturated += good & (value >= limit)
-    return total, squares, smallest, largest, count, not_finite, saturated
-
-
-@numba.njit(nogil=True, cache=True)
-def _short_row_statistics(
-    values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], pivot: float, limit: float
-) -> tuple[float, float, float, float, int, int, int]:
-    """The same of integers of up to two bytes, which single precision holds."""
-    least, most = np.int32(2**31 - 1), np.int32(-(2**31))
-    total, count, saturated, squares = np.int32(0), np.int32(0), np.int32(0), np.int64(0)
-    base, full = np.int32(pivot), np.int32(min(np.ceil(limit), 2.0**31 - 1))
-    for x in range(len(values)):
-        value, good = np.int32(values[x]), valid[x]
-        above = value - base if good else np.int32(0)
-        total += above
-        squares += np.int64(above) * np.int64(above)
-        least = min(least, value if good else np.int32(2**31 - 1))
-        most = max(most, value if good else np.int32(-(2**31)))
-        count += np.int32(good)
-        saturated += np.int32(good & (value >= full))
-    low, high = (float(least), float(most)) if count else (np.inf, -np.inf)
-    return float(total), float(squares), low, high, int(count), 0, int(saturated)
-
-
-def statistics(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
-    """Mean, standard deviation and range of the valid pixels, how many are not finite or reach the limit."""
-    if frame.dtype.kind in "iu" and frame.dtype.itemsize <= 2:
-        return _statistics_of_short(frame, mask, limit)
-    return _statistics(frame, mask, limit)
-
-
-@numba.njit(nogil=True, cache=True)
-def _statistics(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
-    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
-    count, not_finite, saturated = 0, 0, 0
-    pivot = _first_valid(frame, mask)
-    for y in range(frame.shape[0]):
-        a, b, low, high, n, odd, full = _row_statistics(frame[y], mask[y], pivot, limit)
-        total, squares, smallest, largest = total + a, squares + b, min(smallest, low), max(largest, high)
-        count, not_finite, saturated = count + n, not_finite + odd, saturated + full
-    return _summary(pivot, total, squares, smallest, largest, count, not_finite, saturated)
-
-
-@numba.njit(nogil=True, cache=True)
-def _statistics_of_short(frame: npt.NDArray[Any], mask: Mask, limit: float) -> Statistics:
-    total, squares, smallest, largest = 0.0, 0.0, np.inf, -np.inf
-    count, saturated = 0, 0
-    pivot = _first_valid(frame, mask)
-    pivot = pivot if pivot == pivot else 0.0
-    for y in range(frame.shape[0]):
-        a, b, low, high, n, _, full = _short_row_statistics(frame[y], mask[y], pivot, limit)
-        total, squares, smallest, largest = total + a, squares + b, min(smallest, low), max(largest, high)
-        count, saturated = count + n, saturated + full
-    return _summary(pivot, total, squares, smallest, largest, count, 0, saturated)
-
-
-@numba.njit(nogil=True, cache=True)
-def _summary(
-    pivot: float,
-    total: float,
-    squares: float,
-    smallest: float,
-    largest: float,
-    count: int,
-    not_finite: int,
-    saturated: int,
-) -> Statistics:
-    mean = total / max(count, 1)
-    deviation = np.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
-    return Statistics(pivot + mean, deviation, smallest, largest, not_finite, saturated)
-
-
-@numba.njit(nogil=True, cache=True)
-def _first_valid(frame: npt.NDArray[Any], mask: Mask) -> float:
-    """The first valid pixel that is finite; NaN without one."""
-    for y in range(frame.shape[0]):
-        for x in range(frame.shape[1]):
-            if mask[y, x] and abs(np.float64(frame[y, x])) <= _LARGEST:
-                return np.float64(frame[y, x])
-    return np.nan
 
 
 @numba.njit(nogil=True, cache=True)
@@ -207,22 +94,6 @@ def _add_runs(values: Float32, runs: npt.NDArray[np.int64], radius: int, out: Su
             ends, begins = prefix_squares[end : end + size], prefix_squares[begin : begin + size]
             for j in range(size):
                 squares[j] += ends[j] - begins[j]
-
-
-def runs_of(invalid: Mask) -> npt.NDArray[np.int64]:
-    """Return the horizontal runs of True as (row, first, stop), in order.
-
-    Examples
-    --------
-    >>> runs_of(np.array([[True, True, False, True], [False, False, False, False]]))
-    array([[0, 0, 2],
-           [0, 3, 4]])
-    """
-    padded = np.pad(invalid.astype(np.int8), ((0, 0), (1, 1)))
-    steps = np.diff(padded, axis=1)
-    rows, first = np.nonzero(steps == 1)
-    _, stop = np.nonzero(steps == -1)
-    return np.stack([rows, first, stop], axis=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,16 +14,14 @@ from typing import Literal
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import scipy.ndimage
 
-from stillframe.bins import at_bins, bin_means, box_means
+from stillframe.bins import Float32, at_bins, bin_means, box_means
 from stillframe.ncc import Image, Mask
 from stillframe.noise import Noise, smooth, variance_of
-from stillframe.search import Float32, runs_of
+from stillframe.runs import Places, runs_of
 
 Weights = Literal["counts", "uniform"]
-Runs = npt.NDArray[np.int64]
 
 REACH = 3
 """Lags at which the model is known, on either side."""
@@ -67,8 +65,8 @@ _SPARSEST = 24
 class Equations:
     """The estimating equations over some bins of the reference."""
 
-    runs: Runs
-    """Runs (row, first, stop) of bins that hold them; short gaps between these are part of them."""
+    runs: Places
+    """Places (row, first, stop) of bins that hold them; short gaps between these are part of them."""
     fields: Float32
     """Means over each bin: slopes along y and x of the smoothed reference and the latter itself; the reference, its
     slopes along y and x and its bends along yy, yx and xx; one over the standard deviation of the mean; and, for
@@ -85,7 +83,7 @@ class Equations:
     """Σ T_k T_l v of the variance v of the reference's bins, (4, 4)."""
     bins: int
     """How many there are, without gaps."""
-    rows: Runs
+    rows: Places
     """Rows of bins to read."""
 
 
@@ -332,7 +330,7 @@ def _sample(draft: _Draft, image: Float32, step: int) -> Equations:
     return _equations(draft, image, few, rows)
 
 
-def _equations(draft: _Draft, image: Float32, support: Mask, rows: Runs) -> Equations:
+def _equations(draft: _Draft, image: Float32, support: Mask, rows: Places) -> Equations:
     """Sum over some bins."""
     runs = _without_gaps(runs_of(support))
     inside = _inside(runs, support.shape)
@@ -362,7 +360,7 @@ def _equations(draft: _Draft, image: Float32, support: Mask, rows: Runs) -> Equa
     )
 
 
-def _without_gaps(runs: Runs) -> Runs:
+def _without_gaps(runs: Places) -> Places:
     """Join runs of a row that lie close together: a long one is gone through faster."""
     begins = np.ones(len(runs), np.bool_)
     begins[1:] = (runs[1:, 0] != runs[:-1, 0]) | (runs[1:, 1] - runs[:-1, 2] > _GAP)
@@ -370,7 +368,7 @@ def _without_gaps(runs: Runs) -> Runs:
     return np.stack([runs[begins, 0], runs[begins, 1], runs[last, 2]], axis=1)
 
 
-def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
+def _inside(runs: Places, shape: tuple[int, ...]) -> Mask:
     """Mark the pixels of the runs."""
     steps = np.zeros((shape[0], shape[1] + 1), np.int8)
     steps[runs[:, 0], runs[:, 1]] += 1
@@ -388,7 +386,7 @@ def _structure(image: Image, scatter: Image, support: Mask, apart: int) -> float
 
 
 @numba.njit(nogil=True, cache=True)
-def _model_sums(image: Float32, side: int, runs: Runs, fields: Float32) -> Image:
+def _model_sums(image: Float32, side: int, runs: Places, fields: Float32) -> Image:
     """Σ T_k(p) R(p + lag) over the bins, (4, lags, lags)."""
     model, patch = np.zeros((4, LAGS)), np.empty(LAGS)
     i = 0
