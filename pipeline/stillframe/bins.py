@@ -43,6 +43,14 @@ def fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 @numba.njit(nogil=True, cache=True)
+def store(values: npt.NDArray[Any], factor: float, out: Float32) -> None:
+    """Write multiples: assigning arrays takes seconds to compile, for its errors' texts."""
+    part = np.float32(factor)
+    for i in range(len(out)):
+        out[i] = values[i] * part
+
+
+@numba.njit(nogil=True, cache=True)
 def folds(side: int) -> int:
     """Return how often two and two make one of so many."""
     return int(np.rint(np.log2(side)))
@@ -60,7 +68,7 @@ def bin_sums(image: npt.NDArray[Any], valid: RowRuns, base: float, side: int) ->
         for k in range(firsts[row * side], firsts[row * side + side]):
             y, first, stop = runs[k]
             _add_row(image[y, first:stop], base, sums[first:stop])
-        out[row] = fold(sums[: width * side], room)
+        store(fold(sums[: width * side], room), 1.0, out[row])
     return out
 
 
@@ -155,7 +163,7 @@ def moved_bins(
                     a, b = begin + along, end + along
                     _add_moved(frame[here[k, 0], begin:end], fixed[y, a:b], base, sums[a:b], products[a:b])
             _cut(here, along, side, whole[row], width)
-        means[row] = fold(sums[:used], room) * part
+        store(fold(sums[:used], room), part, means[row])
     total = 0.0
     for x in range(width):
         total += np.float64(products[x])

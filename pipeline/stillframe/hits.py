@@ -5,7 +5,6 @@ What falls through the optics of an instrument is spread over several pixels; wh
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +19,10 @@ _MOST = 0.03
 """More isolated pixels than this are a texture."""
 _AROUND = 2
 """Half width of the surroundings, pixels."""
+_FEWEST = 8
+"""Fewer valid pixels around tell nothing."""
+_AT_ONCE = 2**16
+"""Pixels whose surroundings are held at a time."""
 
 
 def find_hits(image: Image, mask: Mask, noise: Noise) -> Mask:
@@ -56,21 +59,19 @@ def find_hits(image: Image, mask: Mask, noise: Noise) -> Mask:
     return found if np.count_nonzero(found) <= _MOST * np.count_nonzero(mask) else np.zeros_like(mask)
 
 
-@numba.njit(nogil=True, cache=True)
 def _isolated(
     image: Image, mask: Mask, rows: npt.NDArray[Any], columns: npt.NDArray[Any], limits: Image
 ) -> npt.NDArray[np.bool_]:
     """Tell for each of some pixels whether fewer than three valid ones around come near to its height."""
+    around = np.arange(-_AROUND, _AROUND + 1)
+    spaced = np.pad(np.where(mask, image, np.nan), _AROUND, constant_values=np.nan)
     out = np.zeros(len(rows), np.bool_)
-    values = np.empty((2 * _AROUND + 1) ** 2)
-    for k in range(len(rows)):
-        y, x, n = rows[k], columns[k], 0
-        for v in range(max(0, y - _AROUND), min(image.shape[0], y + _AROUND + 1)):
-            for u in range(max(0, x - _AROUND), min(image.shape[1], x + _AROUND + 1)):
-                if mask[v, u]:
-                    values[n] = image[v, u]
-                    n += 1
-        ground = np.median(values[:n])
-        height = image[y, x] - ground
-        out[k] = n > 8 and height > limits[k] and np.sum(values[:n] - ground > _SPREAD * height) < 3
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _AT_ONCE)) if len(rows) else ():
+        y, x = rows[part, None, None] + _AROUND, columns[part, None, None] + _AROUND
+        values = spaced[y + around[:, None], x + around].reshape(len(part), -1)
+        ground = np.nanmedian(values, axis=1)
+        height = image[rows[part], columns[part]] - ground
+        near = np.count_nonzero(values - ground[:, None] > _SPREAD * height[:, None], axis=1)
+        enough = np.count_nonzero(np.isfinite(values), axis=1) > _FEWEST
+        out[part] = enough & (height > limits[part]) & (near < 3)
     return out

@@ -113,7 +113,7 @@ class _Sums(NamedTuple):
     pairs: int
     """How many bins of those rows there are."""
     model: Image
-    """Σ T_k R(p + lag) of the bins that were left out, (4, lags, lags)."""
+    """Σ T_k R(p + lag) of the bins that were left out, (4, lags · lags)."""
     totals: Image
     """Σ T_k of the bins that were left out, (4,)."""
     linear: Image
@@ -245,8 +245,8 @@ def _pass(
     slope_y, slope_x, soft, inverse, pull = fields[0], fields[1], fields[2], fields[INVERSE], fields[-1]
     kept, patch = np.empty(width, np.uint8), np.empty(LAGS)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
-    recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), np.full(_ROWS, -1)
-    left, outliers, a, pairs = 0, 0, 0, 0
+    recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), -np.ones(_ROWS, np.int64)
+    left, outliers, a, pairs = 0, 0, np.int64(0), 0
     for k in range(runs.shape[0]):
         row, first, stop = runs[k]
         b = a + stop - first
@@ -271,8 +271,7 @@ def _pass(
                 _leave_out(fields[:, a + j], image, row * side, (first + j) * side, patch, model, totals, linear)
         a = b
     sums, scatter = _sum_up(columns)
-    lags = model.reshape(4, SIZE, SIZE)
-    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, lags, totals, linear, left, outliers)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, outliers)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -476,7 +475,7 @@ def _borne(fraction: Image, side: int) -> float:
 def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Image, borne: float) -> _Solved | None:
     """Solve the equations with what one pass gave."""
     part = 1 - sums.left / equations.bins
-    model = equations.model + equations.shared * (1 - part) - sums.model
+    model = equations.model + equations.shared * (1 - part) - sums.model.reshape(4, SIZE, SIZE)
     totals = equations.totals - sums.totals
     data = sums.residual + (equations.linear - sums.linear) @ rounded[:6] + rounded[6] * totals
     values, jacobian, good = _newton(model, totals, data, np.array([*known.shift, known.gain, known.offset]))
@@ -493,30 +492,50 @@ def _newton(model: Image, totals: Image, data: Image, values: Image) -> tuple[Im
 
     A solution farther than the model reaches is left at its border, from where the search goes on.
     """
-    jacobian = np.zeros((4, 4))
+    jacobian, system, limits = np.zeros((4, 4)), np.zeros((4, 5)), (0.5, 0.5, np.inf, np.inf)
+    values = values.copy()
     for _ in range(_NEWTON_STEPS):
         expected, along_y, along_x = _interpolate(model, values[0], values[1])
         gain, offset = values[2], values[3]
-        jacobian[:, 0], jacobian[:, 1], jacobian[:, 2], jacobian[:, 3] = (
-            gain * along_y,
-            gain * along_x,
-            expected,
-            totals,
-        )
-        known = np.isfinite(jacobian).all() and np.isfinite(data).all()
-        if not known or np.linalg.det(jacobian) == 0:
+        for k in range(4):
+            jacobian[k, 0], jacobian[k, 1] = gain * along_y[k], gain * along_x[k]
+            jacobian[k, 2], jacobian[k, 3] = expected[k], totals[k]
+            for n in range(4):
+                system[k, n] = jacobian[k, n]
+            system[k, 4] = data[k] - gain * expected[k] - offset * totals[k]
+        if not _eliminate(system):
             return values, jacobian, False
-        step = np.linalg.solve(jacobian, data - gain * expected - offset * totals)
-        for axis in range(2):
-            step[axis] = min(max(step[axis], -0.5), 0.5)
-        values = values + step
+        for n in range(4):
+            values[n] += min(max(system[n, 4], -limits[n]), limits[n])
         for axis in range(2):
             values[axis] = min(max(values[axis], -1.5), 1.5)
-        if not np.isfinite(values).all() or values[2] <= 0:
+        if values[2] <= 0:
             return values, jacobian, False
-        if max(abs(step[0]), abs(step[1])) < _ARRIVED:
+        if max(abs(system[0, 4]), abs(system[1, 4])) < _ARRIVED:
             break
     return values, jacobian, True
+
+
+@numba.njit(nogil=True, cache=True)
+def _eliminate(system: Image) -> bool:
+    """Solve four linear equations by Gauss's elimination: the last column becomes the solution, if there is one."""
+    for n in range(4):
+        pivot = n
+        for k in range(n + 1, 4):
+            pivot = k if abs(system[k, n]) > abs(system[pivot, n]) else pivot
+        if not 0 < abs(system[pivot, n]) < np.inf:
+            return False
+        for j in range(5):
+            system[n, j], system[pivot, j] = system[pivot, j], system[n, j]
+        for k in range(4):
+            factor = system[k, n] / system[n, n] if k != n else 0.0
+            for j in range(n, 5):
+                system[k, j] -= factor * system[n, j]
+    for n in range(4):
+        system[n, 4] /= system[n, n]
+        if not abs(system[n, 4]) < np.inf:
+            return False
+    return True
 
 
 @numba.njit(nogil=True, cache=True)

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.bins import SHORT, Float32, Single, bin_sums, fold, folds, in_single
+from stillframe.bins import SHORT, Float32, Single, bin_sums, fold, folds, in_single, store
 from stillframe.ncc import Mask
 from stillframe.runs import Places, RowRuns
 
@@ -105,7 +105,7 @@ def _go_through(
             y, first, stop = runs[k]
             _add_squares(frame[y, first:stop], base, sums[first:stop], squares[first:stop])
             low, high = _range(frame[y, first:stop], low, high)
-        bins[row] = fold(sums, room)
+        store(fold(sums, room), 1.0, bins[row])
         _add_to(total, fold(squares, room))
     return bins, total, low, high
 

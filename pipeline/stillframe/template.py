@@ -350,7 +350,7 @@ def _equations(draft: _Draft, image: Float32, support: Mask, rows: Places) -> Eq
     return Equations(
         runs=runs,
         fields=fields,
-        model=_model_sums(image, draft.side, runs, fields) - shared,
+        model=_model_sums(image, draft.side, runs, fields).reshape(shared.shape) - shared,
         shared=shared,
         totals=templates.sum(axis=1),
         linear=templates @ fields[LEVEL:INVERSE].astype(np.float64).T,
@@ -387,7 +387,7 @@ def _structure(image: Image, scatter: Image, support: Mask, apart: int) -> float
 
 @numba.njit(nogil=True, cache=True)
 def _model_sums(image: Float32, side: int, runs: Places, fields: Float32) -> Image:
-    """Σ T_k(p) R(p + lag) over the bins, (4, lags, lags)."""
+    """Σ T_k(p) R(p + lag) over the bins, (4, lags · lags)."""
     model, patch = np.zeros((4, LAGS)), np.empty(LAGS)
     i = 0
     for k in range(runs.shape[0]):
@@ -396,7 +396,7 @@ def _model_sums(image: Float32, side: int, runs: Places, fields: Float32) -> Ima
             if weight > 0:
                 add_model(model, weight, fields[:, i], image, runs[k, 0] * side, column * side, patch)
             i += 1
-    return model.reshape(4, SIZE, SIZE)
+    return model
 
 
 @numba.njit(nogil=True, cache=True)
