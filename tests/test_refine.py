@@ -359,3 +359,15 @@ def test_the_unit_of_intensity_does_not_matter(scale):
     assert not plain["flag"].any() and not scaled["flag"].any()
     for name in ("dy", "dx", "sigma_y", "sigma_x"):
         np.testing.assert_allclose(scaled[name], plain[name], atol=0.1 * plain["sigma_y"].max())
+
+
+def test_a_small_pattern_in_a_large_picture_is_refined():
+    """Noise and smoothing are judged by bands of rows, between which a pattern may lie."""
+    y, x = np.mgrid[:560, :200]
+    spots = [(76 + 3 * k, 40 + 30 * k) for k in range(5)]
+    bright = 5 + sum(400 * np.exp(-((y - row) ** 2 + (x - column) ** 2) / 18) for row, column in spots)
+    frames = np.random.default_rng(4).poisson([bright, np.roll(bright, (2, -3), (0, 1))]).astype(np.uint16)
+    reference = Reference(frames[0], max_shift=8)
+    match = match_frames(frames, reference)[1]
+    assert reference.template is not None and not match["flag"]
+    np.testing.assert_allclose([match["dy"], match["dx"]], (-2, 3), atol=0.1)

@@ -7,6 +7,7 @@ its files are as recorded. The driver alone writes metadata, before any worker s
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from stillframe.store import (
     shifts_dataset,
     write_dataset,
 )
-from stillframe.tasks import AlignUnit, BothStages, Moves, RegisterUnit, align_mark, moves_of
+from stillframe.tasks import AlignUnit, BothStages, MakeReady, Moves, RegisterUnit, align_mark, moves_of
 from stillframe.units import Plan, Unit
+from stillframe.warm import PARTS, Compile
 
 _NONE_GOOD = (
     "no frame got a shift without a flag. Look at the flags in shifts.zarr, and check the mask (True where pixels are "
@@ -141,13 +143,25 @@ class _Run:
         align_unit = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
         items = self._to_register()
         if self._todo("register", items):
-            self._create_aligned(self._dataset(self._unknown()))
+            self._make_ready(stored)
         with progress_bar() as bar:
             failed = self._stage("register", BothStages(register, align_unit), items, bar)
             shifts, problems = self._collect()
             self._create_aligned(shifts)
             failed += self._stage("align", align_unit, self._to_align(shifts["shift"].values), bar)
         return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+
+    def _make_ready(self, stored: ReferenceFile) -> None:
+        """Create the store of aligned frames while a worker or two compile what all of them will need.
+
+        What fails in a worker fails in its units too, and is told there.
+        """
+        work = MakeReady(Compile(self.source.dtype.newbyteorder("="), self.settings.interpolation), stored)
+        with ThreadPoolExecutor(1) as aside:
+            created = aside.submit(self._create_aligned, self._dataset(self._unknown()))
+            if self.workers.many:
+                list(self.workers.results(work, PARTS))
+            created.result()
 
     @property
     def _out(self) -> Path:

@@ -43,7 +43,7 @@ def fold(values: npt.NDArray[Any], room: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def store(values: npt.NDArray[Any], factor: float, out: Float32) -> None:
+def store(values: npt.NDArray[Any], factor: Any, out: Float32) -> None:
     """Write multiples: assigning arrays takes seconds to compile, for its errors' texts."""
     part = np.float32(factor)
     for i in range(len(out)):
@@ -189,14 +189,28 @@ def box_means(image: Image, side: int) -> Image:
     return np.asarray(scipy.ndimage.uniform_filter(image, side, mode="constant", origin=-(side // 2)))
 
 
-def at_bins(image: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
-    """Return what stands at the first pixel of each bin."""
-    height, width = (length // side * side for length in image.shape[-2:])
-    return np.asarray(image[..., :height:side, :width:side])
+def at_bins(image: npt.NDArray[Any], side: int, place: tuple[int, int] = (0, 0)) -> npt.NDArray[Any]:
+    """Return what stands at one place of each bin, (y, x) from its first pixel; beyond the border what is nearest."""
+    rows, columns = (
+        np.clip(np.arange(length // side) * side + offset, 0, length - 1)
+        for length, offset in zip(image.shape, place, strict=True)
+    )
+    return image[np.ix_(rows, columns)]
+
+
+def along(image: npt.NDArray[Any], side: int, axis: int) -> list[npt.NDArray[Any]]:
+    """Return the first pixels of all bins along one axis, the second ones, and so on."""
+    cut = image.shape[axis] // side * side
+    return [image[part, :] if axis == 0 else image[:, part] for part in (slice(k, cut, side) for k in range(side))]
 
 
 def bin_means(image: npt.NDArray[Any], side: int) -> Image:
-    """Return the mean of each bin, (…, y, x); pixels beyond the last whole bin are dropped."""
-    height, width = (length // side for length in image.shape[-2:])
-    cut = image[..., : height * side, : width * side]
-    return np.asarray(cut.reshape(*image.shape[:-2], height, side, width, side).mean(axis=(-3, -1)))
+    """Return the mean of each bin (y, x); pixels beyond the last whole bin are dropped."""
+    rows = np.add.reduce(along(image.astype(np.float64, copy=False), side, 0))
+    return np.asarray(np.add.reduce(along(rows, side, 1)) / side**2)
+
+
+def whole_bins(mask: Mask, side: int) -> Mask:
+    """Mark the bins all pixels of which are valid."""
+    rows = np.logical_and.reduce(along(mask, side, 0))
+    return np.asarray(np.logical_and.reduce(along(rows, side, 1)))

@@ -43,6 +43,11 @@ class Executor(Protocol):
         """What to call it in the log."""
         ...
 
+    @property
+    def many(self) -> bool:
+        """Whether several processes may work at a time."""
+        ...
+
     def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         """Yield each item with its result, or with the exception it raised, in any order."""
         ...
@@ -54,6 +59,7 @@ class InProcess:
 
     budget: int
     name: str = "this process"
+    many: bool = False
 
     def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         """Yield each item with its result, or with the exception it raised, in order."""
@@ -71,6 +77,7 @@ class OnCluster:
     client: Any
     budget: int
     name: str
+    many: bool = True
 
     def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         """Yield each item with its result, or with the exception it raised, as they come."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.bins import Float32, bin_sums, in_single
+from stillframe.bins import Float32, bin_means, bin_sums
 from stillframe.ncc import Mask
 from stillframe.peak import DECISIVE, Peak, find_peak
 from stillframe.runs import RowRuns
@@ -60,10 +60,9 @@ class CoarseSearch:
 
     @cached_property
     def _search(self) -> Search:
-        seen = statistics(self.image, self.mask, np.inf)
         part = self._part(self.mask)
-        single = in_single(self.image, seen.mean, seen.deviation)
-        bins = bin_sums(single.values, RowRuns.of(self.mask), single.base, self.factor) * part
+        centred = np.where(self.mask, self.image - self.image.mean(where=self.mask, dtype=np.float64), 0)
+        bins = (bin_means(centred, self.factor) * self.factor**2 * part).astype(np.float32)
         return Search(bins, part > 0, self._frame_part > 0, self._reach + self._margin, self.overlap_ratio)
 
     @cached_property
@@ -72,7 +71,7 @@ class CoarseSearch:
 
     def _part(self, mask: Mask) -> Float32:
         """Return what each bin's sum is to be multiplied by; 0 where too few of its pixels are valid."""
-        pixels = bin_sums(mask, RowRuns.of(mask), 0.0, self.factor)
+        pixels = np.rint(bin_means(mask, self.factor) * self.factor**2).astype(np.float32)
         return np.divide(1, pixels, out=np.zeros_like(pixels), where=pixels >= _FULL * self.factor**2)
 
     def prepare(self) -> None:
@@ -82,7 +81,7 @@ class CoarseSearch:
     def find(self, frame: Survey) -> Peak | None:
         """Return the highest peak in bins, its shift in pixels; None where it is not beyond doubt."""
         bins = self._sums(frame) * self._frame_part
-        ncc, overlap = self._search.surface(bins, statistics(bins, self._search.frame_mask, np.inf))
+        ncc, overlap = self._search.surface(bins, statistics(bins.astype(np.float64), self._search.frame_mask, np.inf))
         peak = find_peak(ncc, overlap, self._margin, self.smoothing)
         if peak is None or not self._decisive(peak):
             return None

@@ -217,7 +217,7 @@ class Reference:
 
         Scores do not know the unit. Only where the brightest pixel would make the steps too coarse these are floats.
         """
-        seen = statistics(self.image, self.trusted, np.inf)
+        seen = self._seen
         centred = np.where(self.trusted, (self.image.astype(np.float64) - seen.mean) / (seen.deviation or 1.0), 0)
         step = np.abs(centred).max() / np.iinfo(np.int16).max
         return np.rint(centred / step).astype(np.int16) if 0 < step < _FINE else centred.astype(np.float32)
@@ -302,8 +302,13 @@ class Reference:
         """Valid pixels of the image that are neither saturated nor hit by something that is no pattern."""
         below = self.mask & ~(self.image >= saturation_limit(self.image.dtype, self.saturation))
         good = below & ~find_hits(self.image.astype(np.float64), below, self._noise_with_hits)
-        seen = statistics(self.image, good, np.inf)
-        return good if seen.smallest < seen.largest else self.mask
+        seen = statistics(self.image.astype(np.float64), good, np.inf)
+        return good if seen.smallest < seen.largest else self.mask.copy()
+
+    @cached_property
+    def _seen(self) -> Statistics:
+        """Of the trusted pixels."""
+        return statistics(self.image.astype(np.float64), self.trusted, np.inf)
 
     @cached_property
     def template(self) -> Template | None:
@@ -311,7 +316,7 @@ class Reference:
         if not self.subpixel:
             return None
         gain, pedestal = self.known_noise
-        seen = statistics(self.image, self.trusted, np.inf)
+        seen = self._seen
         scale = _power_of_two(seen.deviation)
         centred = np.where(self.trusted, (self.image.astype(np.float64) - seen.mean) / scale, 0)
         above = Noise(gain / scale, (pedestal - seen.mean) / scale) if gain > 0 else Noise(gain, pedestal / scale**2)
@@ -340,7 +345,7 @@ class Reference:
     @cached_property
     def contrast(self) -> float:
         """Standard deviation of the trusted pixels, in the image's unit."""
-        return statistics(self.image, self.trusted, np.inf).deviation
+        return self._seen.deviation
 
     @cached_property
     def _levels(self) -> tuple[float, float, float]:
@@ -399,7 +404,7 @@ def _check_search(image: npt.NDArray[Any], mask: Mask, max_shift: int) -> None:
             f"max_shift is {max_shift} but the frames have shape {image.shape}: a frame moved by its own length "
             f"no longer meets the reference. Give at most {min(image.shape) - 1}."
         )
-    seen = statistics(image, mask, np.inf)
+    seen = statistics(image.astype(np.float64), mask, np.inf)
     if seen.not_finite:
         raise ValueError(
             f"the reference has {seen.not_finite} valid pixels that are NaN or infinite. Mark them False in the mask."

@@ -129,7 +129,7 @@ def _residuals(
     values: Float32,
     valid: Mask,
     fields: Float32,
-    begin: int,
+    begin: Any,
     parameters: Float32,
     out: Float32,
     kept: npt.NDArray[np.uint8],

@@ -1,14 +1,15 @@
 """Pictures of a run, for a first look and for the logbook."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from stillframe.flags import Flag
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_shifts(shifts: xr.Dataset, path: Path) -> None:
@@ -21,6 +22,10 @@ def plot_shifts(shifts: xr.Dataset, path: Path) -> None:
     path : Path
         Where the PNG goes.
     """
+    # Needed at the end of a run only, and slow to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1.5])
@@ -49,7 +54,7 @@ def _headline(shifts: xr.Dataset) -> str:
     return f"{shifts.sizes['frame']} frames, {good} with a shift and no flag"
 
 
-def _plot_flags(axes: Axes, time: np.ndarray, values: np.ndarray) -> None:
+def _plot_flags(axes: "Axes", time: np.ndarray, values: np.ndarray) -> None:
     present = [flag for flag in Flag if (values & flag.value).any()]
     for row, flag in enumerate(present):
         axes.plot(

@@ -41,7 +41,7 @@ def runs_of(mask: Mask) -> Places:
     array([[0, 0, 2],
            [0, 3, 4]])
     """
-    return np.asarray(_runs(np.ascontiguousarray(mask).view(np.uint8)))
+    return np.asarray(_runs(np.array(mask, np.uint8, order="C")))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -190,7 +190,7 @@ class Search:
 
     @cached_property
     def _centred(self) -> Image:
-        seen = statistics(self.image, self.mask, np.inf)
+        seen = statistics(self.image.astype(np.float64), self.mask, np.inf)
         return np.where(self.mask, (self.image.astype(np.float64) - seen.mean) / (seen.deviation or 1), 0)
 
     @cached_property

@@ -22,6 +22,7 @@ from stillframe.reference import Reference
 from stillframe.resample import Interpolation, resample_frames
 from stillframe.store import ReferenceFile, write_unit
 from stillframe.units import Unit
+from stillframe.warm import Compile, Part
 
 Moves = npt.NDArray[np.float64]
 
@@ -41,6 +42,19 @@ class RegisterUnit:
         record = _record("register", unit, mark, began, problems=reading.problems, matches=from_matches(matches))
         Ledger(self.folder).publish(record)
         return record
+
+
+@dataclass(frozen=True)
+class MakeReady:
+    """What every unit needs first: machine code, and the prepared reference in this process."""
+
+    compile: Compile
+    reference: ReferenceFile
+
+    def __call__(self, part: Part) -> None:
+        """Compile one part, and prepare."""
+        self.compile(part)
+        self.reference.load()
 
 
 def _match_reading(frames: npt.NDArray[Any], damaged: npt.NDArray[np.bool_], reference: Reference) -> Matches:

@@ -7,8 +7,8 @@ the reference are known at every pixel.
 See :mod:`stillframe.refine` for the equations these belong to.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Literal
 
@@ -16,9 +16,9 @@ import numba
 import numpy as np
 import scipy.ndimage
 
-from stillframe.bins import Float32, at_bins, bin_means, box_means
+from stillframe.bins import Float32, at_bins, bin_means, box_means, whole_bins
 from stillframe.ncc import Image, Mask
-from stillframe.noise import Noise, smooth, variance_of
+from stillframe.noise import Noise, excerpt, smooth, variance_of
 from stillframe.runs import Places, runs_of
 
 Weights = Literal["counts", "uniform"]
@@ -51,8 +51,6 @@ _MOST_SKEWED = 1e8
 """A picture that changes along one direction only says nothing of shifts along the other."""
 _PARTS, _FEWEST_PARTS = 0.05, 8
 """How many of the frames may be part of the reference, and of how many it is then the mean at least."""
-_BANDS, _BAND = 4, 128
-"""Bands, and rows of each, by which the smoothing for a large picture is chosen."""
 _SAMPLED = 20_000
 """Bins that suffice to begin with."""
 _GAP = 64
@@ -132,15 +130,19 @@ def prepare_template(
     ``level`` was taken off the image and ``scale`` divided by, so that single precision holds it.
     Returns None where the picture holds too little structure for its noise, or too few pixels.
     """
-    width = smoothing or _best_smoothing(image, mask, noise, weights)
+    sample = excerpt(image, mask)
+    width = smoothing or _best_smoothing(*sample, noise, weights)
+    if width is None and len(sample[0]) < len(image):  # a small pattern may lie between the bands
+        sample = image, mask
+        width = _best_smoothing(*sample, noise, weights)
     if width is None:
         return None
-    return _template(_best_bins(_Smoothed.of(image, mask, noise, width), weights), noise, level, scale)
+    side = _best_bins(_Smoothed.of(*sample, noise, width), weights, image.size)
+    return _template(_Draft.of(_Smoothed.of(image, mask, noise, width), weights, side), noise, level, scale)
 
 
 def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) -> float | None:
     """Go from little to much smoothing for as long as the promised errors fall."""
-    image, mask = _excerpt(image, mask)
     best, promised = None, np.inf
     for width in _SMOOTHINGS:
         promise = _Draft.of(_Smoothed.of(image, mask, noise, width), weights, 1).promise()
@@ -151,26 +153,19 @@ def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) ->
     return best
 
 
-def _best_bins(smoothed: "_Smoothed", weights: Weights) -> "_Draft":
-    """Choose the largest bins that promise hardly larger errors than the smallest that memory allows."""
-    finest = _Draft.of(smoothed, weights, 1 if smoothed.image.size <= _MOST_PIXELS else 2)
-    limit = finest.promise() * (1 + _LOSS)
-    for side in (side for side in _SIDES if side > finest.side):
-        draft = _Draft.of(smoothed, weights, side)
-        if np.count_nonzero(draft.support) >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
-            return draft
+def _best_bins(sample: "_Smoothed", weights: Weights, pixels: int) -> int:
+    """Choose the largest bins that promise hardly larger errors than the smallest that memory allows.
+
+    ``sample`` is part of a picture of so many pixels.
+    """
+    finest = 1 if pixels <= _MOST_PIXELS else 2
+    limit = _Draft.of(sample, weights, finest).promise() * (1 + _LOSS)
+    for side in (side for side in _SIDES if side > finest):
+        draft = _Draft.of(sample, weights, side)
+        bins = np.count_nonzero(draft.support) * pixels / sample.image.size
+        if bins >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
+            return side
     return finest
-
-
-def _excerpt(image: Image, mask: Mask) -> tuple[Image, Mask]:
-    """Return bands of rows of a large picture, apart from one another: enough to compare smoothings by."""
-    height = len(image)
-    if height <= 2 * _BANDS * _BAND:
-        return image, mask
-    starts = np.linspace(0, height - _BAND, _BANDS).astype(int)
-    rows = np.concatenate([np.arange(start, start + _BAND) for start in starts])
-    apart = np.arange(len(rows)) % _BAND >= REACH
-    return image[rows], mask[rows] & apart[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,8 +208,7 @@ class _Draft:
         """Take means over bins, weigh these and choose the support."""
         slopes = np.stack([bin_means(_slope(smoothed.soft, axis), side) for axis in (0, 1)])
         scatter = bin_means(smoothed.scatter, side) / side**2
-        inner = bin_means(smoothed.inner, side) == 1
-        seen = bin_means(smoothed.mask, side) == 1
+        inner, seen = (whole_bins(mask, side) for mask in (smoothed.inner, smoothed.mask))
         uniform = 0.0 if weights == "counts" or not seen.any() else float(1 / scatter[seen].mean())
         inverse = np.divide(1, scatter, out=np.zeros_like(scatter), where=seen)
         weight = seen.astype(np.float64) * uniform if uniform else inverse
@@ -228,26 +222,39 @@ class _Draft:
 
         The noise that templates and reference share is then more than expected in those that remain.
         """
-        jacobian, shared = self._curvatures()
+        jacobian, shared = self._curvatures
         left = int(np.count_nonzero(inner)) / max(1, int(np.count_nonzero(self.support))) - 1
         return bool((np.abs(np.diag(shared)) * left > _FLAT * np.abs(np.diag(jacobian))).any())
 
+    @cached_property
+    def _templates(self) -> Image:
+        """The first two templates over the support, (2, bins)."""
+        return np.stack([(self.weight * slope)[self.support] for slope in self.slopes])
+
+    @cached_property
     def _curvatures(self) -> tuple[Image, Image]:
         """Derivative of the first two equations by the shift (2, 2), and what of it was noise."""
-        templates = (self.weight * self.slopes)[:, self.support]
-        change = [at_bins(_slope(self.boxes, axis), self.side)[self.support] for axis in (0, 1)]
+        change = [slope[self.support] for slope in self._changes]
         shared = curvature(self.shared_noise(self.support))
-        return templates @ np.stack(change).T - shared, shared
+        return self._templates @ np.stack(change).T - shared, shared
 
-    def known(self) -> Iterator[Image]:
-        """Yield the bins of the reference, their slopes along y and x and their bends along yy, yx and xx."""
-        boxes = self.boxes
-        yield at_bins(boxes, self.side)
-        for axis in (0, 1):
-            yield at_bins(_slope(boxes, axis), self.side)
-        yield at_bins(_bend(boxes, 0), self.side)
-        yield at_bins(_slope(_slope(boxes, 0), 1), self.side)
-        yield at_bins(_bend(boxes, 1), self.side)
+    @cached_property
+    def _changes(self) -> list[Image]:
+        """Slopes of the reference's bins along y and x."""
+        after, before = ([self.at(*step) for step in steps] for steps in (((1, 0), (0, 1)), ((-1, 0), (0, -1))))
+        return [(one - other) / 2 for one, other in zip(after, before, strict=True)]
+
+    def at(self, y: int, x: int) -> Image:
+        """Return the reference's bins, moved by so many pixels."""
+        return at_bins(self.boxes, self.side, (y, x))
+
+    @cached_property
+    def known(self) -> tuple[Image, ...]:
+        """The bins of the reference, their slopes along y and x and their bends along yy, yx and xx."""
+        middle = self.at(0, 0)
+        bends = [self.at(y, x) - 2 * middle + self.at(-y, -x) for y, x in ((1, 0), (0, 1))]
+        twist = (self.at(1, 1) - self.at(1, -1) - self.at(-1, 1) + self.at(-1, -1)) / 4
+        return middle, *self._changes, bends[0], twist, bends[1]
 
     def promise(self) -> float:
         """Variance of shifts, px², that frames with the reference's noise would have; infinite where noise prevails.
@@ -257,11 +264,10 @@ class _Draft:
         """
         if np.count_nonzero(self.support) < FEWEST:
             return np.inf
-        templates = (self.weight * self.slopes)[:, self.support]
-        jacobian, shared = self._curvatures()
+        jacobian, shared = self._curvatures
         if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or np.linalg.cond(jacobian) > _MOST_SKEWED:
             return np.inf
-        variance = (templates * self.scatter[self.support]) @ templates.T
+        variance = (self._templates * self.scatter[self.support]) @ self._templates.T
         inverse = np.linalg.inv(jacobian)
         drawn = np.abs(np.diag(shared)) / np.diag(jacobian)
         return float(np.trace(inverse @ variance @ inverse.T) + _PARTS / _FEWEST_PARTS * np.sum(drawn**2) / 12)
@@ -283,10 +289,6 @@ class _Draft:
         lags = np.ix_(*[[reach - lag for lag in range(-REACH, REACH + 1)]] * 2)
         total = float(self.weight[bins] @ self.scatter[bins])
         return total * np.stack([kernels[0][lags], kernels[1][lags], kernel[lags], np.zeros((SIZE, SIZE))])
-
-
-def _bend(image: Image, axis: int) -> Image:
-    return np.asarray(scipy.ndimage.correlate1d(image, [1, -2, 1], axis=axis))
 
 
 def _slope(image: Image, axis: int) -> Image:
@@ -318,7 +320,7 @@ def _template(draft: _Draft, noise: Noise, level: float, scale: float) -> Templa
         common=inverse @ whole.products[:2, :2] @ inverse.T,
         apart=apart,
         scale=scale,
-        structure=_structure(at_bins(draft.boxes, side), draft.scatter, support, apart),
+        structure=_structure(draft.at(0, 0), draft.scatter, support, apart),
     )
 
 
@@ -336,7 +338,7 @@ def _equations(draft: _Draft, image: Float32, support: Mask, rows: Places) -> Eq
     inside = _inside(runs, support.shape)
     scatter = np.where(support, draft.scatter, 1.0)[inside]
     here = support[inside]
-    parts = chain((one[inside] for one in (*draft.slopes, draft.soft)), (one[inside] for one in draft.known()))
+    parts = chain((one[inside] for one in (*draft.slopes, draft.soft)), (one[inside] for one in draft.known))
     fields = np.zeros((INVERSE + (2 if draft.uniform else 1), len(here)), np.float32)
     for row, part in zip(fields[:INVERSE], parts, strict=True):
         row[:] = part * here
@@ -443,10 +445,24 @@ def curvature(model: Image) -> Image:
 
 
 def _wander(draft: _Draft) -> Image:
-    """Scatter of Σ T_k η when the reference's noise η is read between its pixels, per fraction squared."""
-    inside = draft.weight * draft.slopes * draft.support / draft.side**2
-    height, width = (draft.side * length for length in draft.support.shape)
-    pixels = inside.repeat(draft.side, axis=1).repeat(draft.side, axis=2)
-    scatter = draft.smoothed.scatter[:height, :width].ravel()
-    flat = np.stack([_slope(one, axis).ravel() for one in pixels for axis in (0, 1)])
-    return np.asarray(((flat * scatter) @ flat.T).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3))
+    """Scatter of Σ T_k η when the reference's noise η is read between its pixels, per fraction squared.
+
+    Templates change from bin to bin: at the pixels on either side of a border, by half of the step.
+    """
+    side, inside = draft.side, draft.weight * draft.slopes * draft.support / draft.side**2
+    scatter = draft.scatter * side**2
+    out, changes = np.empty((2, 2, 2, 2)), []
+    for axis in (0, 1):
+        after = np.diff(inside, axis=axis + 1, append=0) / 2
+        before = np.diff(inside, axis=axis + 1, prepend=0) / 2
+        steps = (before, after) if side > 1 else (before + after,)
+        changes.append(before + after)
+        out[:, :, axis, axis] = side * sum(_products(step, step, scatter) for step in steps)
+    out[:, :, 0, 1] = _products(changes[0], changes[1], scatter)
+    out[:, :, 1, 0] = _products(changes[1], changes[0], scatter)
+    return out
+
+
+def _products(one: Image, other: Image, weight: Image) -> Image:
+    """Σ one_k other_l weight over the bins, (2, 2)."""
+    return np.asarray((one * weight).reshape(2, -1) @ other.reshape(2, -1).T)
