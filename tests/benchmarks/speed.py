@@ -7,6 +7,7 @@ extra ``benchmark``. ``--parts`` chooses some of: kernel, bins, profile, codecs,
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -38,20 +39,21 @@ from rich.table import Table
 from skimage.registration import phase_cross_correlation
 
 from stillframe import Reference, Settings, match_frames
-from stillframe.bins import bin_sums, in_single
+from stillframe.bins import bin_sums, moved_bins
 from stillframe.clusters import executor
 from stillframe.frames import FrameSource, open_source
-from stillframe.records import Ledger, Seal
+from stillframe.records import Ledger, UnitRecord, from_matches, write_durably
 from stillframe.refine import refine
 from stillframe.resample import resample_frames
 from stillframe.scene import Experiment
-from stillframe.search import statistics
 from stillframe.simulate import simulate
 from stillframe.store import ReferenceFile, aligned_encoding, save_reference, write_unit
 from stillframe.tasks import AlignUnit, BothStages, RegisterUnit
 from stillframe.units import Plan, make_plan, unit_memory
 
 SIZE, MAX_SHIFT = 2048, 32
+GROWN = 3200
+"""Frames of the long stack."""
 PARTS = ("kernel", "bins", "profile", "codecs", "run", "today", "growth", "start")
 PACKAGES = ("stillframe", "numpy", "scipy", "numba", "zarr", "dask", "scikit-image", "itk-filtering")
 
@@ -66,13 +68,13 @@ def clock(work):
     return time.perf_counter() - began
 
 
-def best_in_turn(works, repeats):
-    """Shortest time of each, seconds, all of them gone through again and again."""
+def best_in_turn(works, repeats, pick=min):
+    """Shortest time of each (or another pick), seconds, all of them gone through again and again."""
     times = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             times[name].append(clock(work))
-    return {name: min(some) for name, some in times.items()}
+    return {name: float(pick(some)) for name, some in times.items()}
 
 
 def itk_registration(fixed, frame, mask):
@@ -122,10 +124,8 @@ def bins(frames=20):
         reference = Reference(experiment.render(0), mask, max_shift=MAX_SHIFT)
         settled = Counter()
         for index in range(1, frames + 1):
-            frame = experiment.render(index)
-            seen = statistics(frame, mask, np.inf)
-            single = in_single(frame, seen.mean, seen.deviation)
-            settled[next((one.factor for one in reference.coarse if one.find(single)), 1)] += 1
+            known = reference.survey(experiment.render(index))
+            settled[next((one.factor for one in reference.coarse if one.find(known)), 1)] += 1
         counts.append({"pattern": pattern, "dose": dose, **{str(factor): settled[factor] for factor in (8, 4, 1)}})
     return counts
 
@@ -153,39 +153,106 @@ def codecs(frame):
 
 
 def profile(source, reference, folder):
-    """Where a unit's time goes, milliseconds a frame on one thread, each step beside a floor."""
-    frames = source.read(Plan(source.shape[0], 16).units[0]).frames
-    frame, mask = frames[0], reference.frame_mask
+    """Where a unit's time goes: milliseconds a frame of each step on one thread, and of a floor below it."""
+    plan = Plan(source.shape[0], 16)
+    frames = source.read(plan.units[0]).frames
+    mask, bins = reference.frame_mask, reference.coarse[0]
+    copy, single_precision = np.empty_like(frames), np.empty(frames.shape, np.float32)
     matches = match_frames(frames, reference)
     moves = np.stack([matches["dy"], matches["dx"]], axis=1)
-    seen = statistics(frame, mask, np.inf)
-    single = in_single(frame, seen.mean, seen.deviation)
-    peak = reference.find_peak(frame, single, seen)
-    fine = refine(single, mask, peak.shift, reference.template, reference.steps, peak.slack)
-    packed, out = blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE), np.empty_like(frame)
+    known = [reference.survey(frame) for frame in frames]
+    peaks = [reference.find_peak(frame, one) for frame, one in zip(frames, known, strict=True)]
+    fine = [
+        refine(one.single, one.valid, peak.shift, reference.template, reference.steps, peak.slack)
+        for one, peak in zip(known, peaks, strict=True)
+    ]
+    packed = [blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE) for frame in frames]
+    path = create_store(folder / "profile", frames.shape, len(frames), frames.dtype)
     unit = Plan(len(frames), len(frames)).units[0]
-    path = folder / "profile" / "aligned.zarr"
-    encoding = aligned_encoding(frames.shape, len(frames), 0, frames.dtype)
-    encoding["config"] = {"write_empty_chunks": encoding.pop("write_empty_chunks")}
-    zarr.create_array(path / "frames", shape=frames.shape, dtype=frames.dtype, overwrite=True, **encoding)
     (seal,) = write_unit(path, unit, frames)
-    works = {
-        "decode": lambda: blosc.decompress(packed),
-        "statistics": lambda: statistics(frame, mask, np.inf),
-        "whole-pixel peak": lambda: reference.find_peak(frame, single, seen),
-        "refine": lambda: refine(single, mask, peak.shift, reference.template, reference.steps, peak.slack),
-        "score": lambda: reference.score(fine.start, single, seen, mask, fine.product),
-        "whole match": lambda: match_frames(frame[None], reference),
-        "lay, whole pixels": lambda: resample_frames(frame[None], moves[:1], mask, interpolation="nearest"),
-        "lay, cubic": lambda: resample_frames(frame[None], moves[:1], mask, interpolation="cubic"),
-        "encode": lambda: blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE),
-        "one copy of a frame": lambda: np.copyto(out, frame),
-        "one pass over frame and mask": lambda: bin_sums(frame, mask, 0.0, 8),
+    content = (path.parent / seal).read_bytes()
+    record = UnitRecord(
+        stage="register", unit=0, start=0, stop=len(frames), fingerprint="", matches=from_matches(matches)
+    )
+    Ledger(folder / "profile").prepare()
+    rows = -(-len(mask) // reference.template.side)
+
+    def each(work, *lists):
+        return lambda: [work(*items) for items in zip(*lists, strict=True)]
+
+    def pass_over(one, estimate):
+        moved_bins(
+            one.single.values,
+            one.valid,
+            one.single.base,
+            reference.steps,
+            estimate.start,
+            reference.template.side,
+            np.arange(rows),
+        )
+
+    steps = {
+        "read": lambda: source.read(plan.units[0]),
+        "decode": each(blosc.decompress, packed),
+        "survey": each(reference.survey, frames),
+        "pass over frames": each(lambda one: bin_sums(one.single.values, one.valid, one.single.base, 8), known),
+        "whole-pixel peak": each(reference.find_peak, frames, known),
+        "two transforms of bins": each(
+            lambda one: scipy.fft.irfft2(scipy.fft.rfft2(one.bins * bins._frame_part)), known
+        ),
+        "refine": each(
+            lambda one, peak: refine(
+                one.single, one.valid, peak.shift, reference.template, reference.steps, peak.slack
+            ),
+            known,
+            peaks,
+        ),
+        "pass over frames and reference": each(pass_over, known, fine),
+        "score": each(
+            lambda one, estimate: reference.score(estimate.start, one.single, one.seen, mask, estimate.product),
+            known,
+            fine,
+        ),
+        "match": lambda: match_frames(frames, reference),
+        "lay, whole pixels": lambda: resample_frames(frames, moves, mask, interpolation="nearest"),
+        "copy": lambda: np.copyto(copy, frames),
+        "lay, cubic": lambda: resample_frames(frames, moves, mask, interpolation="cubic"),
+        "copy to float32": lambda: np.copyto(single_precision, frames),
+        "write": lambda: write_unit(path, unit, frames),
+        "encode": each(lambda frame: blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE), frames),
+        "checksum": lambda: hashlib.sha256(content).digest(),
+        "write bytes durably": lambda: write_durably(folder / "profile" / "bytes", content),
+        "record": lambda: Ledger(folder / "profile").publish(record),
+        "write a letter durably": lambda: write_durably(folder / "profile" / "letter", b"a"),
     }
-    times = best_in_turn(works, 15)
-    sealed = folder / "profile" / seal
-    whole = {"write a unit": lambda: write_unit(path, unit, frames), "checksum": lambda: Seal.of(sealed)}
-    return times | {name: seconds / len(frames) for name, seconds in best_in_turn(whole, 5).items()}
+    with zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1}):
+        times = best_in_turn(steps, 7)
+    return {name: seconds / len(frames) for name, seconds in times.items()}
+
+
+FLOORS = {
+    "read": "decode",
+    "survey": "pass over frames",
+    "whole-pixel peak": "two transforms of bins",
+    "refine": "pass over frames and reference",
+    "score": None,
+    "match": None,
+    "lay, whole pixels": "copy",
+    "lay, cubic": "copy to float32",
+    "write": "encode",
+    "checksum": None,
+    "record": "write a letter durably",
+}
+"""What each step of the profile cannot beat."""
+
+
+def create_store(folder, shape, unit_frames, dtype):
+    """Create a store of aligned frames and return its path."""
+    path = folder / "aligned.zarr"
+    encoding = aligned_encoding(shape, unit_frames, 0, dtype)
+    encoding["config"] = {"write_empty_chunks": encoding.pop("write_empty_chunks")}
+    zarr.create_array(path / "frames", shape=shape, dtype=dtype, overwrite=True, **encoding)
+    return path
 
 
 @dataclass(frozen=True)
@@ -196,6 +263,14 @@ class Read:
 
     def __call__(self, work):
         return float(self.source.read(work[0]).frames[0, 0, 0])
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A task that does nothing."""
+
+    def __call__(self, work):
+        return None
 
 
 @dataclass(frozen=True)
@@ -220,7 +295,9 @@ class Copy:
     dtype: str
 
     def __call__(self, work):
-        write_unit(self.folder / "aligned.zarr", work[0], self.source.read(work[0]).frames.astype(self.dtype))
+        write_unit(
+            self.folder / "aligned.zarr", work[0], self.source.read(work[0]).frames.astype(self.dtype, copy=False)
+        )
 
 
 def peak_memory():
@@ -246,10 +323,7 @@ class Stages:
                 raise outcome
 
     def make(self, name, dtype):
-        path = self.folder / name / "aligned.zarr"
-        encoding = aligned_encoding(self.source.shape, self.plan.unit_frames, 0, np.dtype(dtype))
-        encoding["config"] = {"write_empty_chunks": encoding.pop("write_empty_chunks")}
-        zarr.create_array(path / "frames", shape=self.source.shape, dtype=dtype, overwrite=True, **encoding)
+        create_store(self.folder / name, self.source.shape, self.plan.unit_frames, np.dtype(dtype))
         Ledger(self.folder / name).prepare()
         return self.folder / name
 
@@ -269,12 +343,13 @@ class Stages:
         self.all(BothStages(register, align), [(unit, "", {}) for unit in self.plan.units])
 
 
-def stages(source, reference, folder, workers, repeats, names=None):
+def stages(source, reference, folder, workers, repeats, names=None, pick=min):
     """Times of the stages over all units, seconds, and the workers' memory, bytes."""
     settings = Settings(frames=source.path, out=folder / "run", workers=workers)
     with executor(settings) as cluster:
         one = Stages(cluster, source, reference, folder)
         works = {
+            "nothing": lambda: one.all(Nothing()),
             "read": one.read,
             "register": one.register,
             "copy": lambda: one.copy("uint16"),
@@ -283,7 +358,7 @@ def stages(source, reference, folder, workers, repeats, names=None):
             "cubic": lambda: one.both("cubic", "float32"),
         }
         one.register()
-        times = best_in_turn({name: works[name] for name in names or works}, repeats)
+        times = best_in_turn({name: works[name] for name in names or works}, repeats, pick)
         peaks = cluster.client.run(peak_memory)
         per_frame = {name: seconds / one.plan.frames for name, seconds in times.items()}
         predicted = unit_memory(one.layout, one.plan.unit_frames, 4, MAX_SHIFT) + 350 * 2**20
@@ -320,11 +395,11 @@ def linked(store, times, folder):
     """A store so many times as long, its shards hard links."""
     source = open_source(store)
     array, shard = source.array, source.array.shards[0]
-    whole = source.shape[0] // shard
+    whole, wanted = source.shape[0] // shard, round(times * source.shape[0] / shard)
     path = folder / "long.zarr" / "frames"
     long = zarr.create_array(
         path,
-        shape=(whole * shard * times, *source.shape[1:]),
+        shape=(wanted * shard, *source.shape[1:]),
         dtype=source.dtype,
         chunks=array.chunks,
         shards=array.shards,
@@ -332,7 +407,7 @@ def linked(store, times, folder):
         dimension_names=("frame", "y", "x"),
         overwrite=True,
     )
-    for number in range(whole * times):
+    for number in range(wanted):
         old, new = (
             where / one.metadata.encode_chunk_key((place, 0, 0))
             for where, one, place in ((source.path, array, number % whole), (path, long, number))
@@ -340,6 +415,24 @@ def linked(store, times, folder):
         new.parent.mkdir(parents=True, exist_ok=True)
         os.link(old, new)
     return open_source(path)
+
+
+def growth(store, reference, folder, options):
+    """Times and memory of a short stack and of one so many times as long, whose shards are hard links.
+
+    The short one is gone through before and after, since machines change their pace within minutes. All times are
+    means: the best of many would be compared with one.
+    """
+    few = -(-GROWN // options.growth // 16) * 16
+    cut = linked(store, few / open_source(store).shape[0], folder / "few")
+    many = linked(store, options.growth * few / open_source(store).shape[0], folder / "many")
+    names = ("read", "register", "whole_pixels")
+    before, grown, after = (
+        stages(stack, reference, folder, options.workers, repeats, names, np.mean)
+        for stack, repeats in ((cut, 15), (many, 1), (cut, 15))
+    )
+    usual = {name: (before["seconds_per_frame"][name] + after["seconds_per_frame"][name]) / 2 for name in names}
+    return [before | {"seconds_per_frame": usual}, grown]
 
 
 def first_result(store, mask, folder, cache):
@@ -383,9 +476,7 @@ def measure(options, folder):
         "profile": lambda: profile(source, reference, folder),
         "run": lambda: stages(source, reference, folder, options.workers, options.repeats),
         "today": lambda: today(source, reference.image, valid, folder, options.workers),
-        "growth": lambda: [
-            stages(linked(store, times, folder), reference, folder, options.workers, 1) for times in (1, options.growth)
-        ],
+        "growth": lambda: growth(store, reference, folder, options),
         "start": lambda: {name: first_result(store, mask, folder, folder / "numba") for name in ("cold", "warm")},
     }
     return results | {name: work() for name, work in stored.items() if name in options.parts}
@@ -417,8 +508,15 @@ def show(results):
     for name in ("bins", "codecs"):
         for one in results.get(name, []):
             console.print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in one.items()})
-    for name, seconds in results.get("profile", {}).items():
-        console.print(f"{name:30} {1e3 * seconds:6.2f} ms")
+    if "profile" in results:
+        console.print(profile_table(results["profile"]))
+
+
+def profile_table(seconds):
+    table = Table("step", "ms per frame", "floor", "ms per frame", title="A unit of 16 frames, one thread")
+    for step, floor in FLOORS.items():
+        table.add_row(step, f"{1e3 * seconds[step]:.2f}", floor or "–", f"{1e3 * seconds[floor]:.2f}" if floor else "–")
+    return table
 
 
 def rows(results):
@@ -435,11 +533,9 @@ def rows(results):
         yield "today's way / ours, per frame:", round(results["today"]["seconds_per_frame"] / ours)
     if "growth" in results:
         few, many = (one["seconds_per_frame"] for one in results["growth"])
-        for name in ("read", "register"):
-            yield (
-                f"{name}, per frame of {results['growth'][1]['frames']} / {results['growth'][0]['frames']} frames:",
-                (round(many[name] / few[name], 3)),
-            )
+        lengths = " / ".join(str(one["frames"]) for one in reversed(results["growth"]))
+        for name in many:
+            yield f"{name}, per frame of {lengths} frames:", round(many[name] / few[name], 3)
         yield (
             "peak memory, many / few frames:",
             round(results["growth"][1]["peak_bytes"] / results["growth"][0]["peak_bytes"], 3),
