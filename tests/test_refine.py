@@ -361,11 +361,14 @@ def test_the_unit_of_intensity_does_not_matter(scale):
         np.testing.assert_allclose(scaled[name], plain[name], atol=0.1 * plain["sigma_y"].max())
 
 
-def test_a_small_pattern_in_a_large_picture_is_refined():
-    """Noise and smoothing are judged by bands of rows, between which a pattern may lie."""
-    y, x = np.mgrid[:560, :200]
-    spots = [(76 + 3 * k, 40 + 30 * k) for k in range(5)]
-    bright = 5 + sum(400 * np.exp(-((y - row) ** 2 + (x - column) ** 2) / 18) for row, column in spots)
+@pytest.mark.parametrize("corners", [[(150, 160)], [(150, 160), (1350, 1340)]])
+def test_a_pattern_anywhere_in_a_large_picture_is_refined(corners):
+    """Noise and smoothing are judged by a window around the structure, or by all where that shows none."""
+    y, x = np.mgrid[:1500, :1500].astype(np.float32)
+    spots = [(row + 12 * k, column + 30 * (-1) ** k) for row, column in corners for k in range(5)]
+    bright = np.full(y.shape, 5.0)
+    for row, column in spots:
+        bright += 400 * np.exp(-((y - row) ** 2 + (x - column) ** 2) / 18)
     frames = np.random.default_rng(4).poisson([bright, np.roll(bright, (2, -3), (0, 1))]).astype(np.uint16)
     reference = Reference(frames[0], max_shift=8)
     match = match_frames(frames, reference)[1]

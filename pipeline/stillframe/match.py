@@ -242,7 +242,8 @@ def _refined(frame: _Frame, peak: Peak, reference: Reference, known: int = 0) ->
     if reference.template is None:
         return _whole(peak, reference, frame.intensity, known)
     fixed = reference.steps
-    estimate = refine(frame.pixels, frame.fitted, peak.shift, reference.template, fixed, peak.slack)
+    hidden = reference.hidden if frame.fitted is reference.valid else None
+    estimate = refine(frame.pixels, frame.fitted, peak.shift, reference.template, fixed, peak.slack, hidden)
     objection = _objection(estimate, peak, reference, frame.intensity)
     if estimate is None or objection:
         return _record(_scored(frame, peak, peak.shift, reference), reference, frame.intensity, objection)

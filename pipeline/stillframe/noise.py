@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.ndimage
 
+from stillframe.bins import bin_means, whole_bins
 from stillframe.ncc import Image, Mask
 
 _FEWEST = 64
@@ -15,8 +16,10 @@ _FEW_COUNTS = 3.0
 """With fewer counts per pixel some pixels have none, which shows the pedestal, and no line can be fitted."""
 _FLOOR = 0.05
 """Variances below this part of their mean are not believed."""
-_BANDS, _BAND, _APART = 5, 48, 3
-"""Bands, one of them in the middle, rows of each, and rows between them, by which a large picture is judged."""
+_WINDOW = 768
+"""Side, pixels, of the window by which a large picture is judged."""
+_COARSE = 16
+"""Structure that is seen in bins of this side tells where that window lies."""
 
 
 class Noise(NamedTuple):
@@ -44,14 +47,27 @@ def smooth(image: Image, mask: Mask, width: float) -> Image:
 
 
 def excerpt(image: Image, mask: Mask) -> tuple[Image, Mask]:
-    """Return bands of rows of a large picture, marked invalid where they meet: enough to judge it by."""
-    height = len(image)
-    if height <= 2 * _BANDS * _BAND:
+    """Return the part of a large picture around which its structure lies: enough to judge it by."""
+    if image.size <= 2 * _WINDOW**2:
         return image, mask
-    starts = np.linspace(0, height - _BAND, _BANDS).astype(int)
-    rows = np.concatenate([np.arange(start, start + _BAND) for start in starts])
-    apart = np.arange(len(rows)) % _BAND >= _APART
-    return image[rows], mask[rows] & apart[:, None]
+    centre = _centre(np.where(mask, image, 0.0), mask)
+    starts = (
+        max(0, min(round(middle) - _WINDOW // 2, length - _WINDOW))
+        for middle, length in zip(centre, image.shape, strict=True)
+    )
+    place = tuple(slice(start, start + _WINDOW) for start in starts)
+    return image[place], mask[place]
+
+
+def _centre(image: Image, mask: Mask) -> tuple[float, float]:
+    """Centre (y, x) of what changes in a picture, pixels; its middle where nothing does."""
+    bins, whole = bin_means(image, _COARSE), whole_bins(mask, _COARSE)
+    inner = scipy.ndimage.minimum_filter(whole, 3, mode="constant", cval=False)
+    change = inner * sum(scipy.ndimage.correlate1d(bins, [-1, 0, 1], axis=axis) ** 2 for axis in (0, 1))
+    if not change.any():
+        return image.shape[0] / 2, image.shape[1] / 2
+    y, x = scipy.ndimage.center_of_mass(change)
+    return float(y + 0.5) * _COARSE, float(x + 0.5) * _COARSE
 
 
 def measure_noise(image: Image, mask: Mask) -> Noise:

@@ -17,6 +17,7 @@ from stillframe.hits import find_hits
 from stillframe.ncc import Image, Mask, check_options
 from stillframe.noise import Noise, measure_noise
 from stillframe.peak import Peak, find_peak
+from stillframe.refine import HiddenBins
 from stillframe.runs import RowRuns
 from stillframe.score import Moments, Picture, holes_of, masked_score, meeting
 from stillframe.search import Search
@@ -206,6 +207,11 @@ class Reference:
         if shift not in self._fixed:
             self._fixed[shift] = meeting(self._picture, self._holes, (-shift[0], -shift[1]))
         return self._fixed[shift]
+
+    @cached_property
+    def hidden(self) -> HiddenBins:
+        """What the frames' static mask hides at each shift, filled by the refinement."""
+        return {}
 
     @cached_property
     def _fixed(self) -> dict[tuple[int, int], Moments]:

@@ -227,6 +227,33 @@ def _leave_out(
             linear[k, n - LEVEL] += template * np.float64(fields[n])
 
 
+class Hidden(NamedTuple):
+    """What the bins would have given that are not whole in the frame; see the same names of the sums of a pass."""
+
+    model: Image
+    totals: Image
+    linear: Image
+    left: int
+
+
+HiddenBins = dict[tuple[tuple[int, int], bool], Hidden]
+"""By start, and whether the sample's bins are meant."""
+
+
+@numba.njit(nogil=True, cache=True)
+def _hidden(whole: Mask, runs: Places, fields: Float32, image: Float32, side: int) -> Hidden:
+    totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, LAGS))
+    left, i, patch = 0, 0, np.empty(LAGS)
+    for k in range(runs.shape[0]):
+        row, first, stop = runs[k]
+        for column in range(first, stop):
+            if not whole[row, column] and fields[INVERSE, i] > 0:
+                left += 1
+                _leave_out(fields[:, i], image, row * side, column * side, patch, model, totals, linear)
+            i += 1
+    return Hidden(model, totals, linear, left)
+
+
 @numba.njit(nogil=True, cache=True)
 def _pass(
     means: Float32,
@@ -238,7 +265,7 @@ def _pass(
     apart: int,
     parameters: Float32,
 ) -> _Sums:
-    """Go through the bins once, a run at a time."""
+    """Go through the bins once, a run at a time; of what is left out, take only those that are whole in the frame."""
     totals, linear, model = np.zeros(4), np.zeros((4, INVERSE - LEVEL)), np.zeros((4, LAGS))
     width = means.shape[1]
     columns = np.zeros((17, width), np.float32)
@@ -246,7 +273,7 @@ def _pass(
     kept, patch = np.empty(width, np.uint8), np.empty(LAGS)
     # Residuals of this row and those before it, after a margin: row 0 belongs to rows with the remainder 0, and so on.
     recent, rows = np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), -np.ones(_ROWS, np.int64)
-    left, outliers, a, pairs = 0, 0, np.int64(0), 0
+    left, a, pairs = 0, np.int64(0), 0
     for k in range(runs.shape[0]):
         row, first, stop = runs[k]
         b = a + stop - first
@@ -265,13 +292,12 @@ def _pass(
                 _add_near_products(recent, rows, row, first + _MARGIN, stop + _MARGIN, columns[16, first:stop])
                 pairs += stop - first
         for j in range(stop - first):
-            if not kept[j] and inverse[a + j] > 0:
+            if not kept[j] and whole[row, first + j] and inverse[a + j] > 0:
                 left += 1
-                outliers += whole[row, first + j]
                 _leave_out(fields[:, a + j], image, row * side, (first + j) * side, patch, model, totals, linear)
         a = b
     sums, scatter = _sum_up(columns)
-    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, outliers)
+    return _Sums(sums[:4], scatter, sums[14], sums[15], sums[16], pairs, model, totals, linear, left, left)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -314,14 +340,22 @@ def _guess(sample: Image, usual: float) -> _Parameters:
     most, residual = max(1, int(usual * len(values))), np.zeros_like(values)
     kept = np.arange(len(values))
     for _ in range(3):
-        weights = inverse[kept] ** 2
-        design = np.stack([known[kept], np.ones_like(weights)])
-        gain, offset = np.linalg.lstsq((design * weights) @ design.T, design @ (weights * values[kept]))[0]
+        gain, offset = _line(known[kept], values[kept], inverse[kept] ** 2)
         residual = np.abs(values - gain * known - offset) * inverse
         kept = np.argpartition(residual, most - 1)[:most]
     square = float(np.mean(residual[kept] ** 2))
     own = max(square / _square_within(usual) - gain**2, 0.3 * square)
     return _Parameters(np.zeros(2), max(float(gain), 1e-12), float(offset), float(own))
+
+
+def _line(x: Image, y: Image, weights: Image) -> tuple[float, float]:
+    """Slope and offset of the line through points of some weight; no slope where x does not change."""
+    total = weights.sum()
+    x_mean, y_mean = weights @ x / total, weights @ y / total
+    above = weights * (x - x_mean)
+    square = above @ (x - x_mean)
+    slope = above @ (y - y_mean) / square if square > 0 else 0.0
+    return float(slope), float(y_mean - slope * x_mean)
 
 
 def _square_within(part: float) -> float:
@@ -337,6 +371,7 @@ def refine(
     template: Template,
     fixed: npt.NDArray[Any],
     slack: float = 0.0,
+    hidden: HiddenBins | None = None,
 ) -> Estimate | None:
     """Refine a whole-pixel shift.
 
@@ -354,6 +389,8 @@ def refine(
         What ``Estimate.product`` is to be taken with.
     slack : float
         Pixels by which the start may be wrong besides.
+    hidden : dict, optional
+        Of what these valid pixels hide at each start: kept for the next frame with the same ones.
 
     Returns
     -------
@@ -361,7 +398,7 @@ def refine(
         None where the equations have no solution near the start.
     """
     reach = _WALK * max(1.0, template.smoothing) + slack
-    problem = _Problem(frame, valid, template, fixed)
+    problem = _Problem(frame, valid, template, fixed, {} if hidden is None else hidden)
     at, known = problem.begin(start)
     tried: set[tuple[int, int]] = set()
     for _ in range(_STARTS):
@@ -416,6 +453,7 @@ class _Problem(NamedTuple):
     valid: RowRuns
     template: Template
     fixed: npt.NDArray[Any]
+    hidden: HiddenBins
 
     def at(self, start: tuple[int, int], equations: Equations) -> _Placed:
         """Apply a whole-pixel shift, for the bins of some equations."""
@@ -453,9 +491,21 @@ class _Problem(NamedTuple):
         rounded = np.array([*moved, known.offset, limit, *skews], np.float32)
         runs, fields, side = equations.runs, equations.fields, template.side
         sums = _pass(placed.means, placed.whole, runs, fields, template.image, side, template.apart, rounded)
+        sums = self._with_hidden(sums, equations, placed)
         if equations.bins - sums.left < min(FEWEST, equations.bins // 2 + 1):
             return None
         return _solved(sums, equations, known, rounded.astype(np.float64), borne)
+
+    def _with_hidden(self, sums: _Sums, equations: Equations, placed: _Placed) -> _Sums:
+        """Add what is not whole: drifts are slow, so that few starts come again and again."""
+        key = placed.start, equations is self.template.sample
+        if key not in self.hidden:
+            runs, fields, template = equations.runs, equations.fields, self.template
+            self.hidden[key] = _hidden(placed.whole, runs, fields, template.image, template.side)
+        model, totals, linear, left = self.hidden[key]
+        return sums._replace(
+            model=sums.model + model, totals=sums.totals + totals, linear=sums.linear + linear, left=sums.left + left
+        )
 
 
 def _borne(fraction: Image, side: int) -> float:

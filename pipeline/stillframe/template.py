@@ -132,7 +132,7 @@ def prepare_template(
     """
     sample = excerpt(image, mask)
     width = smoothing or _best_smoothing(*sample, noise, weights)
-    if width is None and len(sample[0]) < len(image):  # a small pattern may lie between the bands
+    if width is None and sample[0].size < image.size:  # the window may show too little of the pattern
         sample = image, mask
         width = _best_smoothing(*sample, noise, weights)
     if width is None:

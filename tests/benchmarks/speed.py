@@ -52,7 +52,7 @@ from stillframe.tasks import AlignUnit, BothStages, RegisterUnit
 from stillframe.units import Plan, make_plan, unit_memory
 
 SIZE, MAX_SHIFT = 2048, 32
-GROWN = 3200
+GROWN = 6400
 """Frames of the long stack."""
 PARTS = ("kernel", "bins", "profile", "codecs", "run", "today", "growth", "start")
 PACKAGES = ("stillframe", "numpy", "scipy", "numba", "zarr", "dask", "scikit-image", "itk-filtering")
