@@ -21,15 +21,18 @@ NUMERIC = (
     "noise",
     "peak",
     "reference",
-    "resample",
     "refine",
+    "resample",
+    "runs",
     "scene",
     "score",
     "search",
     "selftest",
     "settings",
+    "survey",
     "template",
     "units",
+    "warm",
 )
 HEAVY = {"dask", "distributed", "xarray", "zarr"}
 
