@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from stillframe.checks import native, native_dtype, real
 from stillframe.ncc import Mask
+from stillframe.runs import RowRuns
 
 Interpolation = Literal["nearest", "linear", "cubic", "lanczos"]
 Weights = npt.NDArray[np.float64]
@@ -144,9 +145,10 @@ def resample_frames(
         raise ValueError(f"the shifts have shape {moves.shape} but there are {len(frames)} frames: give (frame, 2).")
     dtype = output_dtype(frames.dtype, interpolation)
     out, value = np.empty(frames.shape, dtype), dtype.type(check_fill(fill, dtype))
+    holes = RowRuns.of(~np.asarray(mask, np.bool_))
     for frame, move, target in zip(frames, moves, out, strict=True):
         if np.isfinite(move).all() and np.max(np.abs(move)) < max(frame.shape):
-            _resample(native(frame, "a frame", 2), move, mask, interpolation, value, target)
+            _resample(native(frame, "a frame", 2), move, mask, holes, interpolation, value, target)
         else:
             target[:] = value
     return out
@@ -156,6 +158,7 @@ def _resample(
     frame: npt.NDArray[Any],
     move: npt.NDArray[np.float64],
     mask: Mask,
+    holes: RowRuns,
     interpolation: Interpolation,
     fill: Any,
     out: npt.NDArray[Any],
@@ -167,7 +170,7 @@ def _resample(
     fractions = -move - whole
     whole, fractions = whole + (fractions == 1), np.where(fractions == 1, 0, fractions)
     if not fractions.any():
-        _move(frame, mask, (int(whole[0]), int(whole[1])), fill, out)
+        _move(frame, holes, (int(whole[0]), int(whole[1])), fill, out)
         return
     (first_y, weights_y), (first_x, weights_x) = (taps(float(part), interpolation) for part in fractions)
     start = (int(whole[0]) + first_y, int(whole[1]) + first_x)
@@ -183,8 +186,15 @@ def _choose(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_], fill: Any, o
 
 
 @numba.njit(nogil=True, cache=True)
-def _move(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], fill: Any, out: npt.NDArray[Any]) -> None:
+def _copy(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    for x in range(len(out)):
+        out[x] = values[x]
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(frame: npt.NDArray[Any], holes: RowRuns, start: tuple[int, int], fill: Any, out: npt.NDArray[Any]) -> None:
     """``out(p) = frame(p + start)`` where that is inside and valid."""
+    runs, firsts = holes
     height, width = frame.shape
     first, last = max(0, -start[1]), min(width, width - start[1])
     for y in range(height):
@@ -192,9 +202,10 @@ def _move(frame: npt.NDArray[Any], mask: Mask, start: tuple[int, int], fill: Any
         if row < 0 or row >= height or first >= last:
             out[y] = fill
             continue
-        begin, end = first + start[1], last + start[1]
+        _copy(frame[row, first + start[1] : last + start[1]], out[y, first:last])
         out[y, :first], out[y, last:] = fill, fill
-        _choose(frame[row, begin:end], mask[row, begin:end], fill, out[y, first:last])
+        for k in range(firsts[row], firsts[row + 1]):
+            out[y, max(first, runs[k, 1] - start[1]) : max(first, runs[k, 2] - start[1])] = fill
 
 
 @numba.njit(nogil=True, cache=True)
