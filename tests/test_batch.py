@@ -611,3 +611,16 @@ def test_status_answers_during_and_after_a_run(stored, undisturbed, tmp_path):
     nothing = subprocess.run(command("status", tmp_path), capture_output=True, text=True, check=False)
     assert nothing.returncode == 2
     assert "holds no run that has begun" in nothing.stderr
+
+
+def test_a_run_does_without_what_could_not_be_compiled_ahead(stored, tmp_path, monkeypatch, undisturbed):
+    """Whatever fails there fails in the units too, if it matters, and is told with their frames."""
+
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("stillframe.clusters.InProcess.many", True)
+    monkeypatch.setattr("stillframe.tasks.MakeReady.__call__", fail)
+    result = run(settings(stored, tmp_path / "run"))
+    assert not result.problems
+    assert stores(tmp_path / "run") == stores(undisturbed)

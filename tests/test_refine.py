@@ -7,6 +7,7 @@ import scipy.ndimage
 from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.average import frames_of_kind
 from stillframe.noise import Noise, measure_noise, smooth
+from stillframe.refine import _eliminate
 from stillframe.scene import Experiment, evaluate
 from synthetic import blocked, windows
 
@@ -346,7 +347,7 @@ def test_noise_is_what_it_says():
     assert reference.known_noise == Noise(2.0, 1.0)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e9, 1e15])
+@pytest.mark.parametrize("scale", [1e-12, 1e9, 1e15, 1e37])
 def test_the_unit_of_intensity_does_not_matter(scale):
     """Currents in ampere, or photons in joule: single precision would not hold their squares."""
     draw = Draw()
@@ -374,3 +375,47 @@ def test_a_pattern_anywhere_in_a_large_picture_is_refined(corners):
     match = match_frames(frames, reference)[1]
     assert reference.template is not None and not match["flag"]
     np.testing.assert_allclose([match["dy"], match["dx"]], (-2, 3), atol=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e37])
+def test_the_unit_of_intensity_does_not_matter_to_bins(scale):
+    frames = windows((256, 256), [(0, 0), (2, -3)], counts=0.3).astype(np.float64)
+    plain, scaled = (
+        match_frames(factor * frames, Reference(factor * frames[0], max_shift=8))[1] for factor in (1.0, scale)
+    )
+    assert not plain["flag"] and not scaled["flag"]
+    np.testing.assert_allclose([scaled["dy"], scaled["dx"]], [plain["dy"], plain["dx"]], atol=plain["sigma_y"])
+
+
+def test_noise_is_measured_where_the_block_hides_the_midst_of_a_large_picture():
+    y, x = np.mgrid[:1500, :1500] - 749.5
+    radius = np.hypot(y, x)
+    counts = np.random.default_rng(5).poisson(20 + 200 * np.exp(-((radius - 600) ** 2) / 800))
+    reference = Reference((1000 + 40 * counts).astype(np.uint16), radius > 560, max_shift=8)
+    gain, pedestal = reference.known_noise
+    assert gain == pytest.approx(40, rel=0.1)
+    assert pedestal == pytest.approx(1000, abs=200)
+    assert reference.template is not None
+
+
+def test_what_a_mask_hides_gives_the_same_bytes_in_any_order():
+    draw = Draw()
+    frames, _ = draw.frames(12, reach=6.0)
+    fixed = draw.frames(1, reach=0.0, seed=1)[0][0]
+    alone = [match_frames(frame[None], Reference(fixed, draw.mask, max_shift=8)) for frame in frames]
+    shared = Reference(fixed, draw.mask, max_shift=8)
+    backwards = [match_frames(frame[None], shared) for frame in frames[::-1]][::-1]
+    assert len(shared.hidden) > 5
+    assert [one.tobytes() for one in alone] == [one.tobytes() for one in backwards]
+
+
+def test_elimination_solves_what_can_be_solved():
+    generator = np.random.default_rng(0)
+    for power in np.linspace(-8, 8, 30):
+        matrix, right = generator.normal(size=(4, 4)) * [1, 1, 10**power, 1], generator.normal(size=4)
+        matrix[0, 0] = 0
+        system = np.column_stack([matrix, right])
+        assert _eliminate(system)
+        np.testing.assert_allclose(system[:, 4], np.linalg.solve(matrix, right), rtol=1e-6)
+    assert not _eliminate(np.zeros((4, 5)))
+    assert not _eliminate(np.full((4, 5), np.nan))

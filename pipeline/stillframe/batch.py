@@ -160,6 +160,7 @@ class _Run:
         with ThreadPoolExecutor(1) as aside:
             created = aside.submit(self._create_aligned, self._dataset(self._unknown()))
             if self.workers.many:
+                log.info("getting ready: the reference, and machine code where this machine has none yet")
                 list(self.workers.results(work, PARTS))
             created.result()
 

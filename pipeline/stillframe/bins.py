@@ -150,7 +150,7 @@ def moved_bins(
     height, width = frame.shape
     means = np.zeros((-(-height // side), width // side), np.float32)
     whole = np.zeros(means.shape, np.bool_)
-    used, part, along = means.shape[1] * side, np.float32(1 / side**2), shift[1]
+    used, part, right = means.shape[1] * side, np.float32(1 / side**2), shift[1]
     sums, products = np.empty(width, np.float32), np.zeros(width, np.float32)
     room = np.empty((folds(side), used), np.float32)
     for row in rows:
@@ -158,11 +158,11 @@ def moved_bins(
         for y in range(row * side, min(row * side + side, height)):
             here = _runs_of_row(valid, y - shift[0])
             for k in range(len(here)):
-                begin, end = max(here[k, 1], -along), min(here[k, 2], width - along)
+                begin, end = max(here[k, 1], -right), min(here[k, 2], width - right)
                 if begin < end:
-                    a, b = begin + along, end + along
+                    a, b = begin + right, end + right
                     _add_moved(frame[here[k, 0], begin:end], fixed[y, a:b], base, sums[a:b], products[a:b])
-            _cut(here, along, side, whole[row], width)
+            _cut(here, right, side, whole[row], width)
         store(fold(sums[:used], room), part, means[row])
     total = 0.0
     for x in range(width):

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from stillframe.bins import Float32, bin_means, bin_sums
 from stillframe.ncc import Mask
 from stillframe.peak import DECISIVE, Peak, find_peak
-from stillframe.runs import RowRuns
 from stillframe.search import Search
 from stillframe.survey import Survey, statistics
 
@@ -62,6 +61,7 @@ class CoarseSearch:
     def _search(self) -> Search:
         part = self._part(self.mask)
         centred = np.where(self.mask, self.image - self.image.mean(where=self.mask, dtype=np.float64), 0)
+        centred /= np.abs(centred).max() or 1.0
         bins = (bin_means(centred, self.factor) * self.factor**2 * part).astype(np.float32)
         return Search(bins, part > 0, self._frame_part > 0, self._reach + self._margin, self.overlap_ratio)
 
@@ -97,7 +97,7 @@ class CoarseSearch:
     def _sums(self, frame: Survey) -> Float32:
         if frame.side == self.factor:
             return frame.bins
-        return bin_sums(frame.single.values, RowRuns.of(self.frame_mask), frame.single.base, self.factor)
+        return bin_sums(frame.single.values, frame.valid, frame.single.base, self.factor)
 
     def _decisive(self, peak: Peak) -> bool:
         """Tell whether neither noise nor another peak can have made this the highest."""

@@ -347,6 +347,7 @@ class Reference:
         first = self.coarse[0] if self.coarse else self.search
         first.prepare()
         _ = self.template, self.contrast, self._levels, self._picture, self._holes, self.frame_pixels
+        _ = self.valid, self.hidden, self._fixed
 
     @cached_property
     def contrast(self) -> float:

@@ -64,7 +64,7 @@ class Equations:
     """The estimating equations over some bins of the reference."""
 
     runs: Places
-    """Places (row, first, stop) of bins that hold them; short gaps between these are part of them."""
+    """Runs (row, first, stop) of bins that hold them; short gaps between these are part of them."""
     fields: Float32
     """Means over each bin: slopes along y and x of the smoothed reference and the latter itself; the reference, its
     slopes along y and x and its bends along yy, yx and xx; one over the standard deviation of the mean; and, for
@@ -137,7 +137,7 @@ def prepare_template(
         width = _best_smoothing(*sample, noise, weights)
     if width is None:
         return None
-    side = _best_bins(_Smoothed.of(*sample, noise, width), weights, image.size)
+    side = _best_bins(_Smoothed.of(*sample, noise, width), weights, 1 if image.size <= _MOST_PIXELS else 2)
     return _template(_Draft.of(_Smoothed.of(image, mask, noise, width), weights, side), noise, level, scale)
 
 
@@ -153,17 +153,12 @@ def _best_smoothing(image: Image, mask: Mask, noise: Noise, weights: Weights) ->
     return best
 
 
-def _best_bins(sample: "_Smoothed", weights: Weights, pixels: int) -> int:
-    """Choose the largest bins that promise hardly larger errors than the smallest that memory allows.
-
-    ``sample`` is part of a picture of so many pixels.
-    """
-    finest = 1 if pixels <= _MOST_PIXELS else 2
+def _best_bins(sample: "_Smoothed", weights: Weights, finest: int) -> int:
+    """Choose the largest bins that promise hardly larger errors than the finest."""
     limit = _Draft.of(sample, weights, finest).promise() * (1 + _LOSS)
     for side in (side for side in _SIDES if side > finest):
         draft = _Draft.of(sample, weights, side)
-        bins = np.count_nonzero(draft.support) * pixels / sample.image.size
-        if bins >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
+        if np.count_nonzero(draft.support) >= _MOST_USEFUL_BINS and draft.promise() <= limit < np.inf:
             return side
     return finest
 

@@ -1,6 +1,6 @@
 """How fast the kernel and a whole run are, beside what they cannot beat and what they replace, in one run.
 
-    python tests/benchmarks/speed.py [--sizes 512 1024 2048 4096] [--frames 256] [--folder DIR] [--out speed.json]
+    python tests/benchmarks/speed.py [--sizes 512 1024 2048 4096] [--frames 128] [--folder DIR] [--out speed.json]
 
 Everything that is compared is timed in turn and each at its best, so that ratios hold on a noisy machine. Needs the
 extra ``benchmark``. ``--parts`` chooses some of: kernel, bins, profile, codecs, run, today, growth, start.
@@ -152,79 +152,74 @@ def codecs(frame):
     return [*found, {"codec": "Zstd (zarr's default)", "ratio": frame.nbytes / len(packed), **times}]
 
 
-def profile(source, reference, folder):
-    """Where a unit's time goes: milliseconds a frame of each step on one thread, and of a floor below it."""
-    plan = Plan(source.shape[0], 16)
-    frames = source.read(plan.units[0]).frames
-    mask, bins = reference.frame_mask, reference.coarse[0]
-    copy, single_precision = np.empty_like(frames), np.empty(frames.shape, np.float32)
-    matches = match_frames(frames, reference)
-    moves = np.stack([matches["dy"], matches["dx"]], axis=1)
-    known = [reference.survey(frame) for frame in frames]
-    peaks = [reference.find_peak(frame, one) for frame, one in zip(frames, known, strict=True)]
-    fine = [
-        refine(one.single, one.valid, peak.shift, reference.template, reference.steps, peak.slack)
-        for one, peak in zip(known, peaks, strict=True)
-    ]
-    packed = [blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE) for frame in frames]
-    path = create_store(folder / "profile", frames.shape, len(frames), frames.dtype)
-    unit = Plan(len(frames), len(frames)).units[0]
-    (seal,) = write_unit(path, unit, frames)
-    content = (path.parent / seal).read_bytes()
-    record = UnitRecord(
-        stage="register", unit=0, start=0, stop=len(frames), fingerprint="", matches=from_matches(matches)
-    )
-    Ledger(folder / "profile").prepare()
-    rows = -(-len(mask) // reference.template.side)
+def each(work, *lists):
+    return lambda: [work(*items) for items in zip(*lists, strict=True)]
 
-    def each(work, *lists):
-        return lambda: [work(*items) for items in zip(*lists, strict=True)]
+
+def matching(frames, reference):
+    """Steps of a match, and passes over the pixels that they cannot do without."""
+    template, steps, mask = reference.template, reference.steps, reference.frame_mask
+    rows, bins = np.arange(-(-len(mask) // template.side)), reference.coarse[0]
+    known = [reference.survey(frame) for frame in frames]
+    peaks = each(reference.find_peak, frames, known)()
+
+    def refined(one, peak):
+        return refine(one.single, one.valid, peak.shift, template, steps, peak.slack, reference.hidden)
 
     def pass_over(one, estimate):
-        moved_bins(
-            one.single.values,
-            one.valid,
-            one.single.base,
-            reference.steps,
-            estimate.start,
-            reference.template.side,
-            np.arange(rows),
-        )
+        moved_bins(one.single.values, one.valid, one.single.base, steps, estimate.start, template.side, rows)
 
-    steps = {
-        "read": lambda: source.read(plan.units[0]),
-        "decode": each(blosc.decompress, packed),
+    fine = each(refined, known, peaks)()
+    return {
         "survey": each(reference.survey, frames),
         "pass over frames": each(lambda one: bin_sums(one.single.values, one.valid, one.single.base, 8), known),
         "whole-pixel peak": each(reference.find_peak, frames, known),
-        "two transforms of bins": each(
-            lambda one: scipy.fft.irfft2(scipy.fft.rfft2(one.bins * bins._frame_part)), known
-        ),
-        "refine": each(
-            lambda one, peak: refine(
-                one.single, one.valid, peak.shift, reference.template, reference.steps, peak.slack
-            ),
-            known,
-            peaks,
-        ),
+        "two transforms of bins": each(lambda one: scipy.fft.irfft2(scipy.fft.rfft2(bins._sums(one))), known),
+        "refine": each(refined, known, peaks),
         "pass over frames and reference": each(pass_over, known, fine),
-        "score": each(
-            lambda one, estimate: reference.score(estimate.start, one.single, one.seen, mask, estimate.product),
-            known,
-            fine,
-        ),
+        "score": each(lambda one, it: reference.score(it.start, one.single, one.seen, mask, it.product), known, fine),
         "match": lambda: match_frames(frames, reference),
+    }
+
+
+def moving(frames, reference):
+    """Steps of an alignment, and the copies below them."""
+    mask, copy, single_precision = reference.frame_mask, np.empty_like(frames), np.empty(frames.shape, np.float32)
+    matches = match_frames(frames, reference)
+    moves = np.stack([matches["dy"], matches["dx"]], axis=1)
+    return {
         "lay, whole pixels": lambda: resample_frames(frames, moves, mask, interpolation="nearest"),
         "copy": lambda: np.copyto(copy, frames),
         "lay, cubic": lambda: resample_frames(frames, moves, mask, interpolation="cubic"),
         "copy to float32": lambda: np.copyto(single_precision, frames),
+    }
+
+
+def storing(frames, matches, folder):
+    """Steps of reading and writing, and the codec below them."""
+    packed = [blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE) for frame in frames]
+    path = create_store(folder, frames.shape, len(frames), frames.dtype)
+    unit, ledger = Plan(len(frames), len(frames)).units[0], Ledger(folder)
+    (seal,) = write_unit(path, unit, frames)
+    content, found = (folder / seal).read_bytes(), from_matches(matches)
+    record = UnitRecord(stage="register", unit=0, start=0, stop=len(frames), fingerprint="", matches=found)
+    ledger.prepare()
+    return {
+        "decode": each(blosc.decompress, packed),
         "write": lambda: write_unit(path, unit, frames),
         "encode": each(lambda frame: blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE), frames),
         "checksum": lambda: hashlib.sha256(content).digest(),
-        "write bytes durably": lambda: write_durably(folder / "profile" / "bytes", content),
-        "record": lambda: Ledger(folder / "profile").publish(record),
-        "write a letter durably": lambda: write_durably(folder / "profile" / "letter", b"a"),
+        "record": lambda: ledger.publish(record),
+        "write a letter durably": lambda: write_durably(folder / "letter", b"a"),
     }
+
+
+def profile(source, reference, folder):
+    """Where a unit's time goes: seconds a frame of each step on one thread, and of a floor below it."""
+    first = Plan(source.shape[0], 16).units[0]
+    frames = source.read(first).frames
+    steps = {"read": lambda: source.read(first)} | matching(frames, reference) | moving(frames, reference)
+    steps |= storing(frames, match_frames(frames, reference), folder / "profile")
     with zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1}):
         times = best_in_turn(steps, 7)
     return {name: seconds / len(frames) for name, seconds in times.items()}
@@ -458,6 +453,8 @@ def first_result(store, mask, folder, cache):
     while not list((folder / "first").glob("units/register/*")) and process.poll() is None:
         time.sleep(0.01)
     seconds = time.perf_counter() - began
+    if process.poll() is not None:
+        raise RuntimeError(f"the run ended with {process.returncode} before its first unit: {command}")
     process.terminate()
     process.wait()
     return seconds
@@ -549,7 +546,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--peers", type=int, default=2048, help="largest size that the peers see")
-    parser.add_argument("--frames", type=int, default=64, help=f"frames of {SIZE}² in the run")
+    parser.add_argument("--frames", type=int, default=128, help=f"frames of {SIZE}² in the run")
     parser.add_argument("--growth", type=int, default=100, help="by how much the stack grows")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
