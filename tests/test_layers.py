@@ -29,6 +29,7 @@ NUMERIC = (
     "search",
     "selftest",
     "settings",
+    "solve",
     "survey",
     "template",
     "units",

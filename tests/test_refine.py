@@ -7,8 +7,8 @@ import scipy.ndimage
 from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.average import frames_of_kind
 from stillframe.noise import Noise, measure_noise, smooth
-from stillframe.refine import _eliminate
 from stillframe.scene import Experiment, evaluate
+from stillframe.solve import eliminate
 from synthetic import blocked, windows
 
 SHAPE = (160, 160)
@@ -415,7 +415,7 @@ def test_elimination_solves_what_can_be_solved():
         matrix, right = generator.normal(size=(4, 4)) * [1, 1, 10**power, 1], generator.normal(size=4)
         matrix[0, 0] = 0
         system = np.column_stack([matrix, right])
-        assert _eliminate(system)
+        assert eliminate(system)
         np.testing.assert_allclose(system[:, 4], np.linalg.solve(matrix, right), rtol=1e-6)
-    assert not _eliminate(np.zeros((4, 5)))
-    assert not _eliminate(np.full((4, 5), np.nan))
+    assert not eliminate(np.zeros((4, 5)))
+    assert not eliminate(np.full((4, 5), np.nan))

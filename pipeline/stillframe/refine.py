@@ -26,7 +26,8 @@ import scipy.special
 from stillframe.bins import Float32, Single, moved_bins
 from stillframe.ncc import Image, Mask
 from stillframe.runs import Places, RowRuns
-from stillframe.template import FEWEST, INVERSE, LAGS, LEVEL, REACH, SIZE, Equations, Template, add_model
+from stillframe.solve import newton
+from stillframe.template import FEWEST, INVERSE, LAGS, LEVEL, SIZE, Equations, Template, add_model
 
 _OUTLIER = 3.5
 """Residuals beyond so many standard deviations, corrected for the skewness of counts, are no noise."""
@@ -44,11 +45,6 @@ _FAR_STEP = 0.25
 """A step over all pixels that is longer than this is followed by another."""
 _USUAL, _USUAL_BINS = 0.97, 0.75
 """Part of the pixels that the first guess keeps, and the least part of bins."""
-_NEWTON_STEPS = 25
-_ARRIVED = 1e-8
-"""Steps below this, in pixels, end Newton's method."""
-_INVERSE_VANDERMONDE = np.linalg.inv(np.vander(np.arange(-REACH, REACH + 1.0), increasing=True))
-"""Takes the values at the lags to the coefficients of the polynomial through them."""
 _NEIGHBOURS_EVERY = 4
 """One in so many rows tells what neighbouring pixels share."""
 _NEAR_LAGS = 12
@@ -528,94 +524,12 @@ def _solved(sums: _Sums, equations: Equations, known: _Parameters, rounded: Imag
     model = equations.model + equations.shared * (1 - part) - sums.model.reshape(4, SIZE, SIZE)
     totals = equations.totals - sums.totals
     data = sums.residual + (equations.linear - sums.linear) @ rounded[:6] + rounded[6] * totals
-    values, jacobian, good = _newton(model, totals, data, np.array([*known.shift, known.gain, known.offset]))
+    values, jacobian, good = newton(model, totals, data, np.array([*known.shift, known.gain, known.offset]))
     if not good:
         return None
     square = sums.squares / (equations.bins - sums.left)
     own = max(square - borne * values[2] ** 2, 0.1 * square, 1e-3 * known.own)
     return _Solved(_Parameters(values[:2], float(values[2]), float(values[3]), float(own)), jacobian, sums, borne)
-
-
-@numba.njit(nogil=True, cache=True)
-def _newton(model: Image, totals: Image, data: Image, values: Image) -> tuple[Image, Image, bool]:
-    """Newton's method on the four estimating equations, from (y, x, gain, offset): the solution and its derivatives.
-
-    A solution farther than the model reaches is left at its border, from where the search goes on.
-    """
-    jacobian, system, limits = np.zeros((4, 4)), np.zeros((4, 5)), (0.5, 0.5, np.inf, np.inf)
-    values = values.copy()
-    for _ in range(_NEWTON_STEPS):
-        expected, along_y, along_x = _interpolate(model, values[0], values[1])
-        gain, offset = values[2], values[3]
-        for k in range(4):
-            jacobian[k, 0], jacobian[k, 1] = gain * along_y[k], gain * along_x[k]
-            jacobian[k, 2], jacobian[k, 3] = expected[k], totals[k]
-            for n in range(4):
-                system[k, n] = jacobian[k, n]
-            system[k, 4] = data[k] - gain * expected[k] - offset * totals[k]
-        if not _eliminate(system):
-            return values, jacobian, False
-        for n in range(4):
-            values[n] += min(max(system[n, 4], -limits[n]), limits[n])
-        for axis in range(2):
-            values[axis] = min(max(values[axis], -1.5), 1.5)
-        if values[2] <= 0:
-            return values, jacobian, False
-        if max(abs(system[0, 4]), abs(system[1, 4])) < _ARRIVED:
-            break
-    return values, jacobian, True
-
-
-@numba.njit(nogil=True, cache=True)
-def _eliminate(system: Image) -> bool:
-    """Solve four linear equations by Gauss's elimination: the last column becomes the solution, if there is one."""
-    for n in range(4):
-        pivot = n
-        for k in range(n + 1, 4):
-            pivot = k if abs(system[k, n]) > abs(system[pivot, n]) else pivot
-        if not 0 < abs(system[pivot, n]) < np.inf:
-            return False
-        for j in range(5):
-            system[n, j], system[pivot, j] = system[pivot, j], system[n, j]
-        for k in range(4):
-            factor = system[k, n] / system[n, n] if k != n else 0.0
-            for j in range(n, 5):
-                system[k, j] -= factor * system[n, j]
-    for n in range(4):
-        system[n, 4] /= system[n, n]
-        if not abs(system[n, 4]) < np.inf:
-            return False
-    return True
-
-
-@numba.njit(nogil=True, cache=True)
-def _interpolate(model: Image, y: float, x: float) -> tuple[Image, Image, Image]:
-    """Value and slopes of the (4, lags, lags) model between its lags, by the polynomial through all of them."""
-    (weights_y, slopes_y), (weights_x, slopes_x) = _lagrange(y), _lagrange(x)
-    value, along_y, along_x = np.zeros(4), np.zeros(4), np.zeros(4)
-    for k in range(4):
-        for i in range(SIZE):
-            row, change = 0.0, 0.0
-            for j in range(SIZE):
-                row += weights_x[j] * model[k, i, j]
-                change += slopes_x[j] * model[k, i, j]
-            value[k] += weights_y[i] * row
-            along_y[k] += slopes_y[i] * row
-            along_x[k] += weights_y[i] * change
-    return value, along_y, along_x
-
-
-@numba.njit(nogil=True, cache=True)
-def _lagrange(x: float) -> tuple[Image, Image]:
-    """Weights of the values at the lags in the polynomial through them, and their derivatives."""
-    weights, slopes = np.zeros(SIZE), np.zeros(SIZE)
-    power, slope = 1.0, 0.0
-    for order in range(SIZE):
-        for j in range(SIZE):
-            weights[j] += power * _INVERSE_VANDERMONDE[order, j]
-            slopes[j] += slope * _INVERSE_VANDERMONDE[order, j]
-        power, slope = power * x, (order + 1) * power
-    return weights, slopes
 
 
 def _estimate(solved: _Solved, template: Template, placed: _Placed, unit: Single) -> Estimate | None:
