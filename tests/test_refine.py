@@ -362,11 +362,17 @@ def test_the_unit_of_intensity_does_not_matter(scale):
         np.testing.assert_allclose(scaled[name], plain[name], atol=0.1 * plain["sigma_y"].max())
 
 
-@pytest.mark.parametrize("corners", [[(150, 160)], [(150, 160), (1350, 1340)]])
-def test_a_pattern_anywhere_in_a_large_picture_is_refined(corners):
+@pytest.fixture
+def small_window(monkeypatch):
+    """Pictures of 400² are large ones then, of which a window is looked at."""
+    monkeypatch.setattr("stillframe.noise._WINDOW", 192)
+
+
+@pytest.mark.parametrize("corners", [[(60, 70)], [(40, 60), (340, 340)]])
+def test_a_pattern_anywhere_in_a_large_picture_is_refined(small_window, corners):
     """Noise and smoothing are judged by a window around the structure, or by all where that shows none."""
-    y, x = np.mgrid[:1500, :1500].astype(np.float32)
-    spots = [(row + 12 * k, column + 30 * (-1) ** k) for row, column in corners for k in range(5)]
+    y, x = np.mgrid[:400, :400].astype(np.float32)
+    spots = [(row + 12 * k, column + 30 * (-1) ** k) for row, column in corners for k in range(3)]
     bright = np.full(y.shape, 5.0)
     for row, column in spots:
         bright += 400 * np.exp(-((y - row) ** 2 + (x - column) ** 2) / 18)
@@ -387,11 +393,11 @@ def test_the_unit_of_intensity_does_not_matter_to_bins(scale):
     np.testing.assert_allclose([scaled["dy"], scaled["dx"]], [plain["dy"], plain["dx"]], atol=plain["sigma_y"])
 
 
-def test_noise_is_measured_where_the_block_hides_the_midst_of_a_large_picture():
-    y, x = np.mgrid[:1500, :1500] - 749.5
+def test_noise_is_measured_where_the_block_hides_the_midst_of_a_large_picture(small_window):
+    y, x = np.mgrid[:400, :400] - 199.5
     radius = np.hypot(y, x)
-    counts = np.random.default_rng(5).poisson(20 + 200 * np.exp(-((radius - 600) ** 2) / 800))
-    reference = Reference((1000 + 40 * counts).astype(np.uint16), radius > 560, max_shift=8)
+    counts = np.random.default_rng(5).poisson(20 + 200 * np.exp(-((radius - 160) ** 2) / 200))
+    reference = Reference((1000 + 40 * counts).astype(np.uint16), radius > 140, max_shift=8)
     gain, pedestal = reference.known_noise
     assert gain == pytest.approx(40, rel=0.1)
     assert pedestal == pytest.approx(1000, abs=200)
