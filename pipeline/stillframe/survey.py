@@ -13,7 +13,7 @@ from stillframe.runs import Places, RowRuns
 _LARGEST = np.finfo(np.float64).max
 """What is larger is not finite."""
 _LOOKS = 32
-"""So many rows suffice to tell about what the mean is."""
+"""So many runs of pixels suffice to tell about what the mean is."""
 
 
 class Statistics(NamedTuple):
