@@ -9,6 +9,7 @@ from stillframe.average import frames_of_kind
 from stillframe.noise import Noise, measure_noise, smooth
 from stillframe.scene import Experiment, evaluate
 from stillframe.solve import eliminate
+from stillframe.template import _Draft, _Smoothed, _wander
 from synthetic import blocked, windows
 
 SHAPE = (160, 160)
@@ -425,3 +426,16 @@ def test_elimination_solves_what_can_be_solved():
         np.testing.assert_allclose(system[:, 4], np.linalg.solve(matrix, right), rtol=1e-6)
     assert not eliminate(np.zeros((4, 5)))
     assert not eliminate(np.full((4, 5), np.nan))
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_how_noise_changes_with_the_fraction_is_the_sum_over_pixels(side):
+    """Templates are the same for all pixels of a bin; between bins they change by half on either side."""
+    frame, mask = Draw().expected((0.0, 0.0)), np.ones(SHAPE, bool)
+    draft = _Draft.of(_Smoothed.of(frame, mask, Noise(1.0, 0.0), 2.0), "counts", side)
+    inside = draft.weight * draft.slopes * draft.support / side**2
+    pixels = inside.repeat(side, axis=1).repeat(side, axis=2)
+    scatter = (draft.scatter * side**2).repeat(side, axis=0).repeat(side, axis=1)
+    changes = [[scipy.ndimage.correlate1d(one, [-0.5, 0, 0.5], axis=axis) for axis in (0, 1)] for one in pixels]
+    expected = np.einsum("kiyx,ljyx,yx->klij", changes, changes, scatter)
+    np.testing.assert_allclose(_wander(draft), expected, rtol=1e-9)
