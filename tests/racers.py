@@ -3,7 +3,7 @@
 import time
 
 from stillframe.errors import LeaseError
-from stillframe.records import lease
+from stillframe.leases import lease
 
 
 def race(folder, start, answers):

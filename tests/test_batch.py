@@ -18,10 +18,10 @@ from stillframe.clusters import _PROCESS_BYTES, _SHARE
 from stillframe.errors import LeaseError, RunStopped
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, open_source
-from stillframe.records import lease
+from stillframe.leases import lease
 from stillframe.scene import Experiment
 from stillframe.simulate import simulate
-from stillframe.store import write_unit
+from stillframe.store import draft_unit
 from stillframe.units import unit_memory
 from synthetic import contents, store_frames, windows
 
@@ -90,6 +90,7 @@ def test_a_run_folder_holds_what_is_promised(undisturbed):
         "reference.json",
         "settings.toml",
         "plan.json",
+        "seals.json",
         "units",
         "run.log",
         "shifts.png",
@@ -220,15 +221,15 @@ def test_less_memory_changes_no_byte(stored, tmp_path):
 
 
 def test_an_interrupted_store_says_that_it_is_incomplete(stored, tmp_path, monkeypatch):
-    out, write, written = tmp_path / "run", write_unit, []
+    out, write, written = tmp_path / "run", draft_unit, []
 
-    def interrupted(path, unit, frames):
+    def interrupted(path, unit, frames, drafts):
         if written:
             raise KeyboardInterrupt
         written.append(unit)
-        return write(path, unit, frames)
+        return write(path, unit, frames, drafts)
 
-    monkeypatch.setattr("stillframe.tasks.write_unit", interrupted)
+    monkeypatch.setattr("stillframe.tasks.draft_unit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(settings(stored, out))
     with xr.open_zarr(out / "aligned.zarr", chunks=None) as aligned:
@@ -241,14 +242,14 @@ def test_an_interrupted_store_says_that_it_is_incomplete(stored, tmp_path, monke
 
 
 def test_a_unit_that_fails_leaves_no_shift_behind(stored, undisturbed, tmp_path, monkeypatch):
-    out, write = tmp_path / "run", write_unit
+    out, write = tmp_path / "run", draft_unit
 
-    def failing(path, unit, frames):
+    def failing(path, unit, frames, drafts):
         if unit.number == 2:
             raise OSError(5, "Input/output error", str(path))
-        return write(path, unit, frames)
+        return write(path, unit, frames, drafts)
 
-    monkeypatch.setattr("stillframe.tasks.write_unit", failing)
+    monkeypatch.setattr("stillframe.tasks.draft_unit", failing)
     result = run(settings(stored, out))
     assert len(result.problems) == 1
     assert "frames 8–11: align failed with OSError" in result.problems[0]
@@ -538,10 +539,10 @@ class TestBadInput:
         assert not (tmp_path / "run").exists()
 
     def test_no_space_stops_the_run_and_names_the_path(self, stored, tmp_path, monkeypatch):
-        def full(path, unit, frames):
+        def full(path, unit, frames, drafts):
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr("stillframe.tasks.write_unit", full)
+        monkeypatch.setattr("stillframe.tasks.draft_unit", full)
         with pytest.raises(RunStopped, match=r"No space left on device \(.*aligned\.zarr\).*run the same command"):
             run(settings(stored, tmp_path / "run"))
         assert not (tmp_path / "run" / "lease.json").exists()
@@ -619,7 +620,7 @@ def test_a_run_does_without_what_could_not_be_compiled_ahead(stored, tmp_path, m
     def fail(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr("stillframe.clusters.InProcess.many", True)
+    monkeypatch.setattr("stillframe.clusters.InProcess.workers", 2)
     monkeypatch.setattr("stillframe.tasks.MakeReady.__call__", fail)
     result = run(settings(stored, tmp_path / "run"))
     assert not result.problems

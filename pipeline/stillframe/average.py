@@ -52,6 +52,31 @@ def chosen_frames(use: int | slice | None, count: int) -> range:
     return chosen
 
 
+def frames_needed(use: int | slice | None) -> int:
+    """Return how many frames there must be for a choice that more frames do not change.
+
+    Raises
+    ------
+    ValueError
+        The choice counts from the end.
+
+    Examples
+    --------
+    >>> frames_needed(None), frames_needed(3), frames_needed(slice(0, 8))
+    (16, 4, 8)
+    """
+    if use is None:
+        return _USUAL
+    last = use.stop if isinstance(use, slice) else operator.index(use) + 1
+    first = use.start or 0 if isinstance(use, slice) else last
+    if last is None or min(last, first) < 0 or last < 1:
+        raise ValueError(
+            "the reference is to be made of frames counted from the end, but the stack still grows. Count them from "
+            'the first one, such as "0:16".'
+        )
+    return int(last)
+
+
 def frames_of_kind(kind: str | None, kinds: npt.NDArray[Any] | None, count: int) -> Sequence[int]:
     """Return the indices of all frames, or of those whose kind has this name.
 

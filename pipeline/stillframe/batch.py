@@ -3,41 +3,55 @@
 A unit to be registered is read once for both stages; the second then works on those whose alignment alone is missing.
 
 A unit is done again unless its record's fingerprint (input files, reference, settings of its stage, kernel) holds and
-its files are as recorded. The driver alone writes metadata, before any worker starts.
+its files are as recorded; what changed is told by name. The driver alone writes metadata, before any worker starts,
+and only while its lease holds.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from stillframe.clusters import Executor, executor
+from stillframe.clusters import Executor, executor, is_killed, results, unit_budget
+from stillframe.durable import write_durably
 from stillframe.errors import RunStopped, hopeless
 from stillframe.flags import Flag
+from stillframe.follow import growing
 from stillframe.frames import FrameSource, frame_coordinates, open_source
-from stillframe.lazy import align, open_frames
-from stillframe.match import KERNEL_VERSION, MATCH_DTYPE, Matches, no_match
+from stillframe.lazy import align, lazy_frames
+from stillframe.leases import Lease, drafts_of, lease
+from stillframe.marks import Marker
+from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
+from stillframe.outdated import in_words, outdated
+from stillframe.plans import Seals, write_plan
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
-from stillframe.progress import Meter, log, log_to, progress_bar, warn, write_plan
-from stillframe.records import STAGES, Lease, Ledger, Stage, UnitRecord, fingerprint, lease, write_durably
+from stillframe.progress import Meter, log, log_to, progress_bar, warn
+from stillframe.records import Ledger, Mark, Stage, UnitRecord
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
 from stillframe.resample import check_fill, output_dtype
 from stillframe.settings import Settings
 from stillframe.store import (
     ReferenceFile,
+    create_aligned,
     load_reference,
     save_reference,
     seal_aligned,
     shifts_dataset,
+    store_files,
     write_dataset,
 )
-from stillframe.tasks import AlignUnit, BothStages, MakeReady, Moves, RegisterUnit, align_mark, moves_of
+from stillframe.tasks import AlignUnit, BothStages, Job, MakeReady, Moves, RegisterUnit
 from stillframe.units import Plan, Unit
 from stillframe.warm import PARTS, Compile
 
@@ -47,8 +61,8 @@ _NONE_GOOD = (
 )
 
 
-Work = Sequence[tuple[str, tuple[Any, ...]]]
-"""Each unit's fingerprint, with what its task needs: the unit and more."""
+Work = Sequence[tuple[Unit, Mark] | tuple[Unit, Mark, Moves]]
+"""What each unit's task needs."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Result:
         return self.folder / "aligned.zarr"
 
 
-def run(settings: Settings, client: Any = None) -> Result:
+def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: threading.Event | None = None) -> Result:
     """Register and align a stack of frames, going on where an earlier run with the same folder ended.
 
     Parameters
@@ -85,6 +99,11 @@ def run(settings: Settings, client: Any = None) -> Result:
     client : distributed.Client, optional
         A cluster to use; by default what the settings say, else worker processes on this machine.
         In a script, call this under ``if __name__ == "__main__":``, as for every program that starts processes.
+    follow : bool
+        Whether frames are still being written: units are taken as they become complete, until the attribute
+        ``complete`` of the frames' array, or of its group, is true.
+    stop : threading.Event, optional
+        Set from elsewhere, it ends the run as Ctrl-C does.
 
     Returns
     -------
@@ -98,7 +117,9 @@ def run(settings: Settings, client: Any = None) -> Result:
     LeaseError
         Another run works on this folder.
     RunStopped
-        No space, no permission…: the run cannot go on now. Run it again; what is finished is kept.
+        No space, no permission, no input any more…: the run cannot go on now. Run it again; what is finished is kept.
+    KeyboardInterrupt
+        Ctrl-C, or ``stop`` was set.
 
     Examples
     --------
@@ -112,56 +133,125 @@ def run(settings: Settings, client: Any = None) -> Result:
     >>> result.frames, result.problems
     (4, [])
     """
-    check_folder(settings)
-    source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
-    reference, origin = prepare_reference(settings, source)
-    check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
-    with executor(settings, client) as workers:
-        plan = prepare_plan(settings, source, workers.budget)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        with lease(settings.out) as held, log_to(settings.out / "run.log"):
-            return _Run(settings, source, reference, origin, plan, workers, held).all_stages()
+    stop = stop or threading.Event()
+    with _stopped_in_words():
+        check_folder(settings)
+        whole = open_source(settings.frames, missing_chunks=settings.missing_chunks)
+        sources = growing(settings, stop) if follow else iter([whole])
+        first = next(sources)
+        reference, origin = prepare_reference(settings, first)
+        check_fill(settings.fill, output_dtype(whole.dtype, settings.interpolation))
+        with executor(settings, client, stop) as workers:
+            rounds = _rounds(settings, itertools.chain([first], sources), unit_budget(workers))
+            now = next(rounds)
+            with _driving(settings.out) as held:
+                for source, plan in itertools.chain([now], rounds):
+                    result = _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+        return result
+
+
+@contextlib.contextmanager
+def _driving(folder: Path) -> Iterator[Lease]:
+    """Be the one who writes into a folder, and keep a log there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lease(folder) as held, log_to(folder / "run.log"):
+        yield held
+
+
+def run_once(
+    source: FrameSource,
+    plan: Plan,
+    settings: Settings,
+    reference: Reference,
+    origin: Origin | None,
+    workers: Executor,
+) -> Result:
+    """Go over what there is of a stack once, with everything prepared."""
+    with _driving(settings.out) as held:
+        return _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+
+
+def _rounds(settings: Settings, sources: Iterator[FrameSource], budget: int) -> Iterator[tuple[FrameSource, Plan]]:
+    """Yield the stack with its units, whenever there are new ones."""
+    done = 0
+    for source in sources:
+        plan = prepare_plan(settings, source, budget)
+        if source.limit is None:
+            yield source, plan
+        elif plan.frames > done:
+            done = plan.frames
+            yield replace(source, limit=done), plan
+
+
+@contextlib.contextmanager
+def _stopped_in_words() -> Iterator[None]:
+    """Say what every further step would meet too, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if not hopeless(error):
+            raise
+        raise RunStopped(
+            f"{error.strerror} ({error.filename}). Nothing further can be done; what is finished is kept. "
+            "Make room, give permission or bring it back there, then run the same command again."
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One call of :func:`run`: what its steps share."""
+    """One pass over what there is of a stack: what its steps share."""
 
-    settings: Settings
     source: FrameSource
+    plan: Plan
+    settings: Settings
     reference: Reference
     origin: Origin | None
-    plan: Plan
     workers: Executor
     held: Lease
 
     def all_stages(self) -> Result:
         """Register and align, publish the shifts, draw."""
-        self._begin()
-        stored = self._store_reference()
-        register = RegisterUnit(self.source, stored, self._out)
-        align_unit = AlignUnit(self.source, stored, self._out, self.settings.interpolation, self._fill)
-        items = self._to_register()
-        if self._todo("register", items):
-            self._make_ready(stored)
+        with self.held.writing():
+            self._begin()
+            self._store_reference()
+        to_register = self._to_register()
+        if self._todo("register", to_register):
+            self._make_ready()
         with progress_bar() as bar:
-            failed = self._stage("register", BothStages(register, align_unit), items, bar)
-            shifts, problems = self._collect()
-            self._create_aligned(shifts)
-            failed += self._stage("align", align_unit, self._to_align(shifts["shift"].values), bar)
-        return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+            both = BothStages(RegisterUnit(self._job), self._align_unit)
+            failed = self._stage("register", both, to_register, bar)
+            with self.held.writing():
+                shifts, problems = self._collect()
+                self._create_aligned(shifts)
+            failed += self._stage("align", self._align_unit, self._to_align(shifts["shift"].values), bar)
+        with self.held.writing():
+            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
 
-    def _make_ready(self, stored: ReferenceFile) -> None:
+    @cached_property
+    def _job(self) -> Job:
+        stored = ReferenceFile(self._out / "reference.zarr", self.reference.digest)
+        return Job(self.source, stored, self.held.claim(), self.settings.input_check == "contents")
+
+    @cached_property
+    def _align_unit(self) -> AlignUnit:
+        return AlignUnit(self._job, self.settings.interpolation, self._fill, self.plan.unit_frames)
+
+    @cached_property
+    def _marker(self) -> Marker:
+        return Marker(self.reference, self.plan, self._align_unit)
+
+    def _make_ready(self) -> None:
         """Create the store of aligned frames while a worker or two compile what all of them will need.
 
         What fails in a worker fails in its units too, and is told there.
         """
-        work = MakeReady(Compile(self.source.dtype.newbyteorder("="), self.settings.interpolation), stored)
-        with ThreadPoolExecutor(1) as aside:
+        compile_ = Compile(self.source.dtype.newbyteorder("="), self.settings.interpolation)
+        work = MakeReady(compile_, self._job.reference)
+        with self.held.writing(), ThreadPoolExecutor(1) as aside:
             created = aside.submit(self._create_aligned, self._dataset(self._unknown()))
-            if self.workers.many:
+            if self.workers.workers > 1:
                 log.info("getting ready: the reference, and machine code where this machine has none yet")
-                list(self.workers.results(work, PARTS))
+                list(results(self.workers, work, PARTS))
             created.result()
 
     @property
@@ -182,37 +272,25 @@ class _Run:
 
     def _begin(self) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
+        (self._out / "seals.json").unlink(missing_ok=True)
+        shutil.rmtree(drafts_of(self._out), ignore_errors=True)
+        self.held.drafts.mkdir(parents=True, exist_ok=True)
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._ledger.prepare()
-        write_plan(self._out, self.plan)
+        write_plan(self._out, self.plan, self.settings.model_dump(mode="json", exclude_none=True))
         units = len(self.plan.units)
         log.info("%s: %d frames in %d units on %s", self.source.path, self.plan.frames, units, self.workers.name)
-        stale = self._take_back()
-        if stale:
-            log.info("%d unit records are out of date or tell of problems: those units are done again", stale)
+        self._take_back()
 
-    def _take_back(self) -> int:
-        """Withdraw every record that no longer holds; return how many."""
-        units, ledger = {unit.number: unit for unit in self.plan.units}, self._ledger
-        stale: list[tuple[Stage, int]] = [
-            (stage, number)
-            for stage in STAGES
-            for number in ledger.numbers(stage)
-            if number not in units or not self._holds(stage, units[number])
-        ]
-        for stage, number in stale:
-            ledger.withdraw(stage, number)
-        return len(stale)
+    def _take_back(self) -> None:
+        """Withdraw every record that no longer holds, and say why."""
+        found = outdated(self._ledger, self.plan.units, self._marker)
+        for words, changed in in_words(found):
+            (warn if changed else log.info)(words)
+        for one in found:
+            self._ledger.withdraw(one.stage, one.unit)
 
-    def _holds(self, stage: Stage, unit: Unit) -> bool:
-        """Tell whether a unit's record is still good; an alignment waits for its registration to be judged."""
-        registered = self._ledger.finished("register", unit, self._mark(unit))
-        if stage == "register" or registered is None:
-            return stage == "align" or registered is not None
-        mark = align_mark(self._align_facts(unit), moves_of(registered))
-        return self._ledger.finished("align", unit, mark) is not None
-
-    def _store_reference(self) -> ReferenceFile:
+    def _store_reference(self) -> None:
         """Keep the stored reference if it is the same, so that a resumed run changes nothing."""
         path = self._out / "reference.zarr"
         try:
@@ -223,41 +301,17 @@ class _Run:
             save_reference(self.reference, path)
         if self.origin:
             self.origin.write(self._out / "reference.json")
-        return ReferenceFile(path, self.reference.digest)
-
-    def _mark(self, unit: Unit) -> str:
-        """Fingerprint of what a unit's registration depends on."""
-        return fingerprint(self._facts(unit))
-
-    def _facts(self, unit: Unit) -> dict[str, Any]:
-        return {
-            "kernel": KERNEL_VERSION,
-            "reference": self.reference.digest,
-            "array": self.source.description(),
-            "missing_chunks": self.source.missing_chunks,
-            "files": self.source.identity(unit.start, unit.stop),
-            "frames": (unit.start, unit.stop),
-        }
-
-    def _align_facts(self, unit: Unit) -> dict[str, Any]:
-        """Return what a unit's aligned frames depend on besides the shifts."""
-        return self._facts(unit) | {
-            "interpolation": self.settings.interpolation,
-            "fill": repr(self._fill),
-            "layout": (self.plan.frames, self.plan.unit_frames),
-        }
 
     def _to_register(self) -> Work:
-        marks = ((unit, self._mark(unit)) for unit in self.plan.units)
-        return [(mark, (unit, mark, self._align_facts(unit))) for unit, mark in marks]
+        return [(unit, self._marker.register(unit)) for unit in self.plan.units]
 
     def _to_align(self, moves: Moves) -> Work:
-        parts = ((unit, self._align_facts(unit), moves[unit.start : unit.stop]) for unit in self.plan.units)
-        return [(align_mark(facts, mine), (unit, facts, mine)) for unit, facts, mine in parts]
+        parts = ((unit, moves[unit.start : unit.stop]) for unit in self.plan.units)
+        return [(unit, self._marker.align(unit, mine), mine) for unit, mine in parts]
 
-    def _todo(self, stage: Stage, items: Work) -> list[tuple[Any, ...]]:
+    def _todo(self, stage: Stage, items: Work) -> Work:
         known = self._told if stage == "align" else lambda _: []
-        return [item for mark, item in items if self._ledger.finished(stage, item[0], mark, known(item[0])) is None]
+        return [item for item in items if self._ledger.finished(stage, item[0], item[1], known(item[0])) is None]
 
     def _told(self, unit: Unit) -> list[str]:
         """Return what could not be read when a unit was registered just now, and hence not aligned either."""
@@ -267,11 +321,10 @@ class _Run:
     def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], items: Work, bar: Any) -> list[str]:
         """Work on the units that are not finished; return what went wrong."""
         todo = self._todo(stage, items)
-        total = sum(item[0].stop - item[0].start for _, item in items)
         left = sum(item[0].stop - item[0].start for item in todo)
-        meter = Meter(bar, stage, total, total - left)
+        meter = Meter(bar, stage, self.plan.frames, self.plan.frames - left)
         problems = []
-        for (unit, *_), outcome in self.workers.results(work, todo):
+        for (unit, *_), outcome in results(self.workers, work, todo):
             self.held.check()
             problems += self._problems(stage, unit, outcome)
             meter.add(unit)
@@ -279,14 +332,12 @@ class _Run:
 
     def _problems(self, stage: Stage, unit: Unit, outcome: UnitRecord | BaseException) -> list[str]:
         """Say what went wrong with a unit; stop the run where every other unit would meet the same."""
-        if isinstance(outcome, OSError) and hopeless(outcome):
-            raise RunStopped(
-                f"{stage} of {unit}: {outcome.strerror} ({outcome.filename}). Nothing further can be written; "
-                "what is finished is kept. Make room or give permission there, then run the same command again."
-            ) from outcome
+        if isinstance(outcome, BaseException) and hopeless(outcome):
+            raise outcome
         problems = outcome.problems if isinstance(outcome, UnitRecord) else [_failure(stage, unit, outcome)]
         if not isinstance(outcome, UnitRecord):
-            self._ledger.failed(stage, unit, problems[0])
+            with self.held.writing():
+                self._ledger.failed(stage, unit, problems[0])
         for problem in problems:
             warn(problem)
         return problems
@@ -303,7 +354,10 @@ class _Run:
         for unit in self.plan.units:
             record = self._ledger.read("register", unit.number)
             if record is None:
-                raise RunStopped(f"the record of {unit} is gone. Run the same command again; it does what is missing.")
+                raise RunStopped(
+                    f"the record of {unit} is gone, though it was there when the unit was done. Look whether something "
+                    f"else writes into {self._out}, then run the same command again; it does what is missing."
+                )
             matches[unit.start : unit.stop] = record.to_matches()
             problems += record.problems
         shifts = self._dataset(matches)
@@ -311,21 +365,30 @@ class _Run:
         return shifts, problems
 
     def _create_aligned(self, shifts: xr.Dataset) -> None:
-        """Write metadata and coordinates of the aligned store, unless they are there already."""
-        frames = open_frames(self.source.path, chunk_frames=self.plan.unit_frames)
+        """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
+        frames = lazy_frames(self.source, self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
         whole = self.settings.interpolation == "nearest"
         applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
             units="pixel", long_name="shift applied to the frame"
         )
-        template = aligned.to_dataset().assign(applied=applied).assign_attrs(shifts.attrs, complete=False)
-        write_dataset(template, self._out / "aligned.zarr", compute=False)
+        missing = [str(unit) for unit in self._holes()]
+        template = aligned.to_dataset().assign(applied=applied)
+        create_aligned(template.assign_attrs(shifts.attrs, complete=False, missing=missing), self._out / "aligned.zarr")
+
+    def _holes(self) -> list[Unit]:
+        """Return the units whose aligned frames are not there."""
+        records = {record.unit: record for record in self._ledger.records("align")}
+        return [unit for unit in self.plan.units if unit.number not in records or not records[unit.number].files]
 
     def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
-        records = {record.unit: record for record in self._ledger.records("align")}
-        holes = [unit for unit in self.plan.units if unit.number not in records or not records[unit.number].files]
-        seal_aligned(self._out / "aligned.zarr", holes)
+        holes = self._holes()
+        unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
+        problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]
+        seal_aligned(self._out / "aligned.zarr", holes, growing=self.source.limit is not None)
         plot_shifts(shifts, self._out / "shifts.png")
+        shutil.rmtree(drafts_of(self._out), ignore_errors=True)
+        Seals.of(self._out, _sealed_files(self._out)).write(self._out)
         good = int((shifts["flag"] == 0).sum())
         if not good:
             problems = [*problems, _NONE_GOOD]
@@ -335,5 +398,17 @@ class _Run:
         return Result(self._out, frames, good, problems)
 
 
+def _sealed_files(folder: Path) -> list[Path]:
+    """Return the files of a finished run that neither a record nor a checksum of their own speaks of."""
+    single = (folder / name for name in ("settings.toml", "shifts.png"))
+    stores = (folder / name for name in ("reference.zarr", "shifts.zarr", "aligned.zarr"))
+    return [*single, *(file for store in stores for file in store_files(store))]
+
+
 def _failure(stage: Stage, unit: Unit, error: BaseException) -> str:
+    if is_killed(error):
+        return (
+            f"{unit}: {stage} was given up: each worker that tried it died, the last time with nothing else to do. "
+            "Its memory was not enough (--memory, --workers, --unit-frames), or a library crashed on these frames."
+        )
     return f"{unit}: {stage} failed with {type(error).__name__}: {error}"

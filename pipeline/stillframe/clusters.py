@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from stillframe.errors import RunStopped
+from stillframe.errors import RunStopped, hopeless
 from stillframe.settings import Settings
+
+log = logging.getLogger("stillframe")
 
 Item = TypeVar("Item")
 
@@ -26,16 +29,32 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MA
 """Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
 kernel must clear: half of what decoding it takes."""
 
+_POLL = 0.02
+"""Seconds between two looks at what is done."""
+_WITHOUT_WORKERS = 60.0
+"""Seconds without a result after which to look whether there are workers."""
+
+_ON = "on worker "
 _QUEUED = 2
 """Tasks given to each worker beyond the one it works on, so that it never waits."""
+
+
+@dataclass(frozen=True)
+class Try(Generic[Item]):
+    """An item to be worked on."""
+
+    item: Item
+    """What the work is given."""
+    failed_on: str = ""
+    """Address of the worker that failed on it before."""
 
 
 class Executor(Protocol):
     """Something that applies a function to items and gives the results as they come."""
 
     @property
-    def budget(self) -> int:
-        """Bytes that one unit may take."""
+    def memory(self) -> int:
+        """Bytes that each worker has."""
         ...
 
     @property
@@ -44,30 +63,83 @@ class Executor(Protocol):
         ...
 
     @property
-    def many(self) -> bool:
-        """Whether several processes may work at a time."""
+    def workers(self) -> int:
+        """How many items are worked on at a time."""
         ...
 
-    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-        """Yield each item with its result, or with the exception it raised, in any order."""
+    def once(
+        self, work: Callable[[Item], Any], tries: Iterable[Try[Item]], *, alone: bool
+    ) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with its result, or with the exception it raised, in any order; one at a time if alone."""
         ...
+
+
+def results(executor: Executor, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+    """Yield each item with its result, or with the exception it raised at last.
+
+    What fails is tried again, elsewhere if it can be, when all others are done. An item whose worker died is then
+    tried alone, so that no other is blamed for it, and given up when it dies again.
+    """
+    again: list[Try[Item]] = []
+    alone: list[Try[Item]] = []
+    for item, outcome in executor.once(work, map(Try, items), alone=False):
+        if is_killed(outcome):
+            alone.append(Try(item))
+        elif isinstance(outcome, Exception) and not hopeless(outcome):
+            again.append(Try(item, _where(outcome)))
+        else:
+            yield item, outcome
+    for item, outcome in executor.once(work, again, alone=False):
+        if is_killed(outcome):
+            alone.append(Try(item))
+        else:
+            yield item, outcome
+    yield from executor.once(work, alone, alone=True)
+
+
+def _told_where(work: Callable[[Item], Any], item: Item) -> Any:
+    """Do the work on a worker; what it raises says where that was."""
+    from distributed import get_worker
+
+    try:
+        return work(item)
+    except Exception as error:
+        error.add_note(f"{_ON}{get_worker().address}")
+        raise
+
+
+def _where(error: Exception) -> str:
+    """Return the address of the worker that raised an error, if it is known."""
+    notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_ON))
+    return next((note.removeprefix(_ON) for note in notes), "")
+
+
+def is_killed(outcome: Any) -> bool:
+    """Tell whether the worker died, again and again, while it worked on this."""
+    return type(outcome).__name__ == "KilledWorker"
 
 
 @dataclass(frozen=True)
 class InProcess:
     """One item after the other, here."""
 
-    budget: int
+    memory: int
+    stop: threading.Event
     name: str = "this process"
-    many: bool = False
+    workers: int = 1
 
-    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-        """Yield each item with its result, or with the exception it raised, in order."""
-        for item in items:
+    def once(
+        self, work: Callable[[Item], Any], tries: Iterable[Try[Item]], *, alone: bool
+    ) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with its result, or with the exception it raised, in order and hence alone."""
+        del alone
+        for attempt in tries:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
             try:
-                yield item, work(item)
+                yield attempt.item, work(attempt.item)
             except Exception as error:  # reported with its unit; the others go on
-                yield item, error
+                yield attempt.item, error
 
 
 @dataclass(frozen=True)
@@ -75,35 +147,65 @@ class OnCluster:
     """A dask cluster; a few tasks more than it has threads are under way at a time."""
 
     client: Any
-    budget: int
+    memory: int
+    stop: threading.Event
     name: str
-    many: bool = True
+    workers: int
 
-    def results(self, work: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+    def once(
+        self, work: Callable[[Item], Any], tries: Iterable[Try[Item]], *, alone: bool
+    ) -> Iterator[tuple[Item, Any]]:
         """Yield each item with its result, or with the exception it raised, as they come."""
         from distributed import as_completed
 
-        waiting = iter(items)
+        waiting = iter(tries)
         tasks: dict[Any, Item] = {}
         done = as_completed()
 
         def submit(count: int) -> None:
-            for item in itertools.islice(waiting, count):
-                try:
-                    future = self.client.submit(work, item, pure=False, retries=1)
-                except Exception as error:  # nothing but a closed client: what is sent is plain
-                    raise _lost(error) from error
-                tasks[future] = item
+            for attempt in itertools.islice(waiting, count):
+                future = self._submit(work, attempt, retries=0 if alone else 1)
+                tasks[future] = attempt.item
                 done.add(future)
 
-        submit((1 + _QUEUED) * max(1, sum(self.client.nthreads().values())))
+        submit(1 if alone else (1 + _QUEUED) * max(1, sum(self.client.nthreads().values())))
         try:
-            for future in done:
+            while tasks:
+                future = self._next(done)
                 yield tasks.pop(future), _outcome(future)
                 submit(1)
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel(list(tasks))
+
+    def _submit(self, work: Callable[[Item], Any], attempt: Try[Item], retries: int) -> Any:
+        try:
+            place = self._elsewhere(attempt.failed_on) if attempt.failed_on else {}
+            return self.client.submit(_told_where, work, attempt.item, pure=False, retries=retries, **place)
+        except Exception as error:  # nothing but a closed client: what is sent is plain
+            raise _lost(error) from error
+
+    def _elsewhere(self, address: str) -> dict[str, Any]:
+        """Ask for any worker but this one, unless it is the only one."""
+        others = [worker for worker in self.client.nthreads() if worker != address]
+        return {"workers": others, "allow_other_workers": True} if others else {}
+
+    def _next(self, done: Any) -> Any:
+        """Wait for the next task to end, with an eye on a stop and on a cluster without workers."""
+        until = time.monotonic() + _WITHOUT_WORKERS
+        while not done.has_ready():
+            if self.stop.wait(_POLL):
+                raise KeyboardInterrupt
+            if time.monotonic() > until:
+                until += self._warn_of_no_workers()
+        return next(done)
+
+    def _warn_of_no_workers(self) -> float:
+        """Say so if nobody is there to do the work; return when to look again."""
+        if self.client.status == "running" and not self.client.nthreads():
+            log.warning("no worker is connected: waiting. Start workers; or stop this, which loses nothing")
+            return 10 * _WITHOUT_WORKERS
+        return _WITHOUT_WORKERS
 
 
 def _outcome(future: Any) -> Any:
@@ -126,8 +228,8 @@ def _lost(reason: object) -> RunStopped:
 
 
 @contextlib.contextmanager
-def executor(settings: Settings, client: Any = None) -> Iterator[Executor]:
-    """Give the executor that the settings ask for, and close what was started.
+def executor(settings: Settings, client: Any, stop: threading.Event) -> Iterator[Executor]:
+    """Give the executor that the settings ask for, which ends as by Ctrl-C on the event; close what was started.
 
     Raises
     ------
@@ -135,15 +237,15 @@ def executor(settings: Settings, client: Any = None) -> Iterator[Executor]:
         No scheduler answers at the address, or in the file, that was given.
     """
     if client is not None:
-        yield _on(client, settings)
+        yield _on(client, settings, stop)
     elif settings.scheduler:
         with _connect(settings.scheduler) as remote:
-            yield _on(remote, settings)
+            yield _on(remote, settings, stop)
     elif settings.workers == 0:
-        yield InProcess(_budget(_per_worker(settings, 1)))
+        yield InProcess(_per_worker(settings, 1), stop)
     else:
         with _local(settings) as local:
-            yield _on(local, settings)
+            yield _on(local, settings, stop)
 
 
 def cores() -> int:
@@ -160,8 +262,14 @@ def _per_worker(settings: Settings, workers: int) -> int:
     return int(settings.memory * 2**30) if settings.memory else int(0.9 * MEMORY_LIMIT / workers)
 
 
-def _budget(memory: int) -> int:
-    return int(_SHARE * memory) - _PROCESS_BYTES
+def unit_budget(executor: Executor) -> int:
+    """Bytes that one unit may take on each worker."""
+    return int(_SHARE * executor.memory) - _PROCESS_BYTES
+
+
+def process_memory(unit_bytes: int) -> int:
+    """Bytes that a worker process takes with a unit of so many."""
+    return _PROCESS_BYTES + unit_bytes
 
 
 @contextlib.contextmanager
@@ -173,7 +281,10 @@ def _local(settings: Settings) -> Iterator[Any]:
     workers = settings.workers or cores()
     with (
         _deaf_to_interrupts(),
-        dask.config.set({f"distributed.nanny.pre-spawn-environ.{k}": v for k, v in _MALLOC.items()}),
+        dask.config.set(
+            {f"distributed.nanny.pre-spawn-environ.{k}": v for k, v in _MALLOC.items()}
+            | {"distributed.scheduler.allowed-failures": 1}
+        ),
     ):
         cluster = LocalCluster(
             n_workers=workers,
@@ -189,15 +300,17 @@ def _local(settings: Settings) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Let processes started here inherit that Ctrl-C is ignored: the driver hears it and stops them in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let threads and processes started here never see Ctrl-C: the driver hears it, now or when they are started.
+
+    They inherit the mask of blocked signals, and so do workers that are started again later. The tracker of
+    multiprocessing's resources, which takes that mask off where it is started, runs before.
+    """
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -228,10 +341,10 @@ def _client_of_file(file: Path) -> Any:
     return Client(scheduler_file=str(file), timeout=20)
 
 
-def _on(client: Any, settings: Settings) -> OnCluster:
+def _on(client: Any, settings: Settings, stop: threading.Event) -> OnCluster:
     client.wait_for_workers(1, timeout=300)
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     shares = [worker["memory_limit"] // worker["nthreads"] for worker in workers if worker["memory_limit"]]
     memory = int(settings.memory * 2**30) if settings.memory else min(shares, default=_per_worker(settings, cores()))
     threads = sum(worker["nthreads"] for worker in workers)
-    return OnCluster(client, _budget(memory), f"{threads} worker{'s' if threads > 1 else ''}")
+    return OnCluster(client, memory, stop, f"{threads} worker{'s' if threads > 1 else ''}", threads)

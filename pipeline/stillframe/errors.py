@@ -3,17 +3,21 @@
 import errno
 
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+GONE = {errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENODEV}
+"""What a file system says that is not there any more."""
 
 
 def hopeless(error: BaseException) -> bool:
-    """Tell whether every further unit would meet the same: no space, no permission.
+    """Tell whether every further unit would meet the same: no space, no permission, no input, another driver.
 
     Examples
     --------
     >>> hopeless(OSError(errno.ENOSPC, "No space left on device")), hopeless(ValueError())
     (True, False)
     """
-    return isinstance(error, OSError) and error.errno in _HOPELESS
+    if isinstance(error, (InputLost, LeaseError)):
+        return True
+    return isinstance(error, OSError) and error.errno in _HOPELESS | GONE
 
 
 class LeaseError(RuntimeError):
@@ -22,3 +26,7 @@ class LeaseError(RuntimeError):
 
 class RunStopped(RuntimeError):
     """The run cannot go on now; what is finished is kept."""
+
+
+class InputLost(OSError):
+    """The frames vanished as a whole while they were being read."""

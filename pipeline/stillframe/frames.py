@@ -4,6 +4,8 @@ Frames are a Zarr array (v2 or v3) of a local or shared file system. Reading nam
 since Zarr itself takes a missing chunk for its fill value.
 """
 
+import errno
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -20,9 +22,12 @@ import zarr
 import zarr.errors
 
 from stillframe.checks import boolean, require_real
+from stillframe.durable import Seal
+from stillframe.errors import GONE, InputLost
 from stillframe.units import Layout, Unit, frame_range
 
 MissingChunks = Literal["report", "fill"]
+_NO_MEANING = {"attributes", "consolidated_metadata", "shape"}
 _OWN = {"axis", "applied", "covariance", "drift", "flag", "frames", "intensity", "mask", "overlap", "reference"} | {
     "score",
     "second_score",
@@ -53,10 +58,12 @@ class FrameSource:
     """Folder of the array itself."""
     missing_chunks: MissingChunks = "report"
     """What a chunk without a file means."""
+    limit: int | None = None
+    """Frames that count, where not all are written yet."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open array."""
-        return {"path": self.path, "missing_chunks": self.missing_chunks}
+        return {"path": self.path, "missing_chunks": self.missing_chunks, "limit": self.limit}
 
     @cached_property
     def array(self) -> zarr.Array[Any]:
@@ -66,12 +73,28 @@ class FrameSource:
     @property
     def shape(self) -> tuple[int, ...]:
         """(frame, y, x)."""
-        return tuple(self.array.shape)
+        stored: tuple[int, ...] = tuple(self.array.shape)
+        return stored if self.limit is None else (min(self.limit, stored[0]), *stored[1:])
+
+    @property
+    def finished(self) -> bool:
+        """Whether its writer marked it complete, by the attribute ``complete`` of the array or of its group."""
+        if self.array.attrs.get("complete") is True:
+            return True
+        try:
+            return zarr.open_group(self.path.parent, mode="r").attrs.get("complete") is True
+        except Exception:  # not in a group
+            return False
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the pixels as stored."""
         return np.dtype(self.array.dtype)
+
+    @property
+    def stored_frames(self) -> int:
+        """Frames that share a file."""
+        return int((self.array.shards or self.array.chunks)[0])
 
     @property
     def ndim(self) -> int:
@@ -96,14 +119,32 @@ class FrameSource:
         """Yield the files that hold these frames, existing or not."""
         return _files(self.path, self.array, (range(start, stop), *map(range, self.shape[1:])))
 
-    def identity(self, start: int, stop: int) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every file that holds these frames; −1 where it is missing."""
-        return [(str(file.relative_to(self.path)), *_look(file)) for file in self.files(start, stop)]
+    def identity(self, start: int, stop: int, *, contents: bool = False) -> list[tuple[str, int, int | str]]:
+        """Name, size and time of change of every file that holds these frames; −1 where it is missing.
+
+        With ``contents``, the checksum in place of the time.
+        """
+        look = _look_inside if contents else _look
+        return [(str(file.relative_to(self.path)), *look(file)) for file in self.files(start, stop)]
 
     def description(self) -> str:
-        """Return the array's metadata as stored: what its chunks mean."""
+        """Return the array's metadata as stored."""
         names = ("zarr.json", ".zarray")
         return "".join((self.path / name).read_text() for name in names if (self.path / name).exists())
+
+    def meaning(self) -> str:
+        """Return what of the metadata decides what a chunk means: not its attributes, nor how many frames there are."""
+        metadata = json.loads(self.description())
+        kept = {name: value for name, value in metadata.items() if name not in _NO_MEANING}
+        return json.dumps(kept | {"shape": metadata["shape"][1:]}, sort_keys=True)
+
+    def check_there(self) -> None:
+        """Raise ``InputLost`` if the whole array cannot be reached any more."""
+        try:
+            if not self.description():
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        except OSError as error:
+            raise InputLost(error.errno, "the frames cannot be reached any more", str(self.path)) from error
 
     def __getitem__(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
         """Read frames, or raise ``OSError`` naming what cannot be read."""
@@ -129,11 +170,20 @@ class FrameSource:
         """Read a unit as far as possible and say what was not.
 
         Frames of a chunk row that is missing or cannot be decoded come back as zeros, marked damaged.
+
+        Raises
+        ------
+        InputLost
+            Not these frames are damaged: nothing of the array can be reached any more.
+        PermissionError
+            A file may not be read.
         """
         whole = self._try(unit.start, unit.stop)
         if not isinstance(whole, str):
             return Reading(whole, np.zeros(len(whole), np.bool_), [])
-        return self._read_rows(unit)
+        reading = self._read_rows(unit)
+        self.check_there()
+        return reading
 
     def _read_rows(self, unit: Unit) -> Reading:
         frames = np.zeros((unit.stop - unit.start, *self.shape[1:]), self.dtype)
@@ -157,11 +207,20 @@ class FrameSource:
         if missing:
             return missing
         try:
-            return np.asarray(self.array[start:stop])
+            frames = np.asarray(self.array[start:stop])
         except MemoryError:
             raise
         except Exception as error:  # codecs raise whatever they like on damaged bytes
+            self._raise_if_gone(error)
             return f"cannot be decoded ({_short(error)})"
+        # A file that vanished only now was read as the fill value.
+        return self._missing(start, stop) or frames
+
+    def _raise_if_gone(self, error: Exception) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+        if isinstance(error, OSError) and error.errno in GONE:
+            raise InputLost(error.errno, error.strerror or "gone", str(self.path)) from error
 
     def _missing(self, start: int, stop: int) -> str:
         """Name the missing files that matter; empty when there are none."""
@@ -177,6 +236,14 @@ def _look(file: Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return seen.st_size, seen.st_mtime_ns
+
+
+def _look_inside(file: Path) -> tuple[int, str]:
+    try:
+        seal = Seal.of(file)
+    except OSError:
+        return -1, ""
+    return seal.size, seal.sha256
 
 
 def _short(error: Exception) -> str:
@@ -269,12 +336,21 @@ def frame_coordinates(source: FrameSource) -> xr.Dataset:
     along = {
         name: array
         for name, array in sorted(group.arrays())
-        if array.shape == source.shape[:1] and _dimension_names(array)[0] in (axis, None)
+        if _is_along(array, source) and _dimension_names(array)[0] in (axis, None)
     }
     found = {
-        name: variable for name, array in along.items() if (variable := _coordinate(array, parent / name)) is not None
+        name: variable[: source.shape[0]]
+        for name, array in along.items()
+        if (variable := _coordinate(array, parent / name)) is not None
     }
     return xr.Dataset(coords=found).rename({name: f"stored_{name}" for name in _OWN & set(found)})
+
+
+def _is_along(array: Any, source: FrameSource) -> bool:
+    """Tell whether an array has a value for each frame, or for more of them where not all frames count yet."""
+    if array.shape == source.array.shape[:1]:
+        return True
+    return source.limit is not None and array.ndim == 1 and bool(array.shape[0] >= source.limit)
 
 
 def _coordinate(array: Any, path: Path) -> xr.Variable | None:

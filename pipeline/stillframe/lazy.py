@@ -18,10 +18,10 @@ from dask.delayed import delayed
 
 from stillframe.average import frames_of_kind
 from stillframe.checks import as_mask, require_real
+from stillframe.durable import fingerprint
 from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
 from stillframe.iterate import build_reference
 from stillframe.match import MATCH_DTYPE, Matches, match_frames
-from stillframe.records import fingerprint
 from stillframe.reference import Reference
 from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
 from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
@@ -67,8 +67,13 @@ def open_frames(
     10
     """
     source = open_source(path, missing_chunks=missing_chunks)
-    size = chunk_frames or default_unit_frames(source)
-    name = f"frames-{fingerprint({'path': source.path, 'metadata': source.description(), 'chunk': size})}"
+    return lazy_frames(source, chunk_frames or default_unit_frames(source))
+
+
+def lazy_frames(source: FrameSource, size: int) -> xr.DataArray:
+    """Label a stack of frames, in blocks of some frames each."""
+    key = {"path": source.path, "metadata": source.description(), "chunk": size, "limit": source.limit}
+    name = f"frames-{fingerprint(key)}"
     data = da.from_array(
         source, chunks=(size, -1, -1), name=name, asarray=False, meta=np.empty((0, 0, 0), source.dtype)
     )

@@ -6,13 +6,16 @@ file was lost meanwhile; neither may put finished units out of date.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pydantic
 
+from stillframe.durable import fingerprint, with_checksum, without_checksum, write_durably
 from stillframe.frames import FrameSource
 from stillframe.match import KERNEL_VERSION
-from stillframe.records import fingerprint, write_durably
+from stillframe.records import refuse_newer
+
+ORIGIN_VERSION: Final = 2
 
 
 class Origin(pydantic.BaseModel):
@@ -20,8 +23,8 @@ class Origin(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    version: Literal[1] = 1
-    """Version of this format."""
+    version: Literal[1, 2] = ORIGIN_VERSION
+    """Version of this format; 1 had no checksum."""
     settings: str
     """Fingerprint of the settings, the mask and the layout of the frames."""
     frames: dict[int, str | None]
@@ -32,7 +35,7 @@ class Origin(pydantic.BaseModel):
     @classmethod
     def of(cls, source: FrameSource, indices: Sequence[int], settings: Mapping[str, Any]) -> "Origin":
         """Describe what a reference from these frames would be made from now."""
-        common = {"kernel": KERNEL_VERSION, "array": source.description(), "missing": source.missing_chunks}
+        common = {"kernel": KERNEL_VERSION, "array": source.meaning(), "missing": source.missing_chunks}
         frames = {index: _token(source, index) for index in indices}
         return cls(settings=fingerprint(common | dict(settings)), frames=frames)
 
@@ -53,17 +56,29 @@ class Origin(pydantic.BaseModel):
 
     def write(self, path: Path) -> None:
         """Keep it, durable, unless it is there already."""
-        content = self.model_dump_json().encode()
+        content = with_checksum(self.model_dump_json().encode())
         if not path.exists() or path.read_bytes() != content:
             write_durably(path, content)
 
 
 def read_origin(path: Path) -> Origin | None:
-    """Read what :meth:`Origin.write` wrote; None where there is none that can be understood."""
+    """Read what :meth:`Origin.write` wrote; None where there is none that is whole.
+
+    Raises
+    ------
+    ValueError
+        It was written by a newer version of this package.
+    """
     try:
-        return Origin.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
+        content = path.read_bytes()
+        whole, sealed = without_checksum(content)
+        origin = Origin.model_validate_json(whole)
+    except OSError:
         return None
+    except ValueError:
+        refuse_newer(path, content, "version", ORIGIN_VERSION)
+        return None
+    return origin if sealed or origin.version == 1 else None
 
 
 def _token(source: FrameSource, index: int) -> str | None:

@@ -12,20 +12,24 @@ import numpy.typing as npt
 
 from stillframe.average import chosen_frames, frames_of_kind
 from stillframe.checks import as_mask
+from stillframe.durable import digest_of
 from stillframe.frames import FrameSource, Reading, frame_coordinates, load_image, load_mask
 from stillframe.iterate import build_reference
+from stillframe.leases import refuse_second
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
 from stillframe.noise import Noise, measure_noise
 from stillframe.origin import Origin, read_origin
-from stillframe.progress import read_plan, warn
-from stillframe.records import digest_of, refuse_second
+from stillframe.plans import StoredPlan, read_plan, read_stored_plan
+from stillframe.progress import warn
 from stillframe.reference import Reference
 from stillframe.resample import output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
 from stillframe.store import load_reference
 from stillframe.units import Plan, Unit, make_plan
 
+_ENDLESS = 2**40
+"""Frames of a stack that still grows."""
 _MEASURED = 9
 """Frames whose noise is measured."""
 
@@ -36,7 +40,7 @@ def check_folder(settings: Settings) -> None:
     Raises
     ------
     ValueError
-        A file, a folder of something else or of another run, or inside the frames.
+        A file, a folder of something else, of another run or of a newer version, or inside the frames.
     LeaseError
         Another driver works on it.
     """
@@ -45,8 +49,9 @@ def check_folder(settings: Settings) -> None:
         raise ValueError(f"{out} lies inside the frames {settings.frames}, which are only read. Choose another --out.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but a run needs a folder for its results. Choose another --out.")
-    if stored.exists():
-        _same_run(read_toml(stored), settings)
+    plan = read_stored_plan(out)
+    if plan or stored.exists():
+        _same_run(_settings_of(plan, stored), settings)
         refuse_second(out)
         return
     strange = sorted(path.name for path in out.glob("*") if not _own(path.name))
@@ -60,7 +65,14 @@ def check_folder(settings: Settings) -> None:
 
 def _own(name: str) -> bool:
     """Tell what a run that was killed at its very start leaves."""
-    return name in ("lease.json", ".lease.lock", "run.log") or (name.startswith(".") and name.endswith(".partial"))
+    return name in ("lease.json", ".lease.lock", ".drafts", "run.log") or (
+        name.startswith(".") and name.endswith(".partial")
+    )
+
+
+def _settings_of(plan: StoredPlan | None, stored: Path) -> dict[str, Any]:
+    """Return the settings of the run in this folder; the copy that has a checksum goes before the one to be read."""
+    return plan.settings if plan and plan.settings else read_toml(stored)
 
 
 def _same_run(before: dict[str, Any], settings: Settings) -> None:
@@ -92,10 +104,10 @@ def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Referenc
     options = {
         name: getattr(settings, name) for name in ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
     }
-    use = _frames_asked(settings.reference)
+    use = frames_asked(settings.reference)
     if isinstance(use, Path):
         return _same_shape(_reference_file(use, mask, settings.reference_kind, options), source), None
-    indices = _indices(settings, source)
+    indices = reference_indices(settings, source)
     valid = as_mask(mask, source.shape[1:])
     rest = {"iterations": settings.reference_iterations, "one": isinstance(use, int)}
     chosen = [indices[place] for place in chosen_frames(use, len(indices))]
@@ -103,7 +115,7 @@ def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Referenc
     return _kept(settings.out, origin) or _made(settings, source, indices, use, valid, options, origin)
 
 
-def _indices(settings: Settings, source: FrameSource) -> Sequence[int]:
+def reference_indices(settings: Settings, source: FrameSource) -> Sequence[int]:
     """Frames that the reference may be made of."""
     kinds = frame_coordinates(source).get("kind") if settings.reference_kind else None
     return frames_of_kind(settings.reference_kind, None if kinds is None else kinds.values, source.shape[0])
@@ -153,7 +165,7 @@ def _made(
     return reference, origin.without(reader.lost).model_copy(update={"digest": reference.digest})
 
 
-def _frames_asked(wish: str | None) -> int | slice | Path | None:
+def frames_asked(wish: str | None) -> int | slice | Path | None:
     """Read "7" or "0:16" as Python does; anything else is a path."""
     if wish is None:
         return None
@@ -228,19 +240,25 @@ def _same_shape(reference: Reference, source: FrameSource) -> Reference:
 def prepare_plan(settings: Settings, source: FrameSource, budget: int) -> Plan:
     """Cut the stack into units: those of the earlier run in this folder, if there was one, so that its work counts.
 
+    Of a stack that grows, whole units only.
+
     Raises
     ------
     ValueError
         A unit does not fit the workers' memory.
     """
-    itemsize = output_dtype(source.dtype, settings.interpolation).itemsize
-    earlier = read_plan(settings.out)
-    kept = earlier.unit_frames if earlier and earlier.frames == source.shape[0] else None
-    wish = settings.unit_frames or kept
+    wish = settings.unit_frames or _kept_size(read_plan(settings.out), source.shape[0])
+    layout = source.layout if source.limit is None else replace(source.layout, frames=_ENDLESS)
     plan = make_plan(
-        source.layout, budget=budget, output_itemsize=itemsize, max_shift=settings.max_shift, unit_frames=wish
+        layout,
+        budget=budget,
+        output_itemsize=output_dtype(source.dtype, settings.interpolation).itemsize,
+        max_shift=settings.max_shift,
+        unit_frames=wish,
     )
-    if wish and plan.unit_frames < min(wish, plan.frames):
+    frames = source.shape[0]
+    plan = replace(plan, frames=frames if source.limit is None else frames - frames % plan.unit_frames)
+    if wish and plan.unit_frames < min(wish, layout.frames):
         raise ValueError(
             f"units of {wish} frames, as {'asked for' if settings.unit_frames else 'this run began with'}, do not fit "
             f"the workers' memory. Use fewer workers or more memory; --unit-frames {plan.unit_frames} begins anew."
@@ -248,6 +266,13 @@ def prepare_plan(settings: Settings, source: FrameSource, budget: int) -> Plan:
     if source.split:
         _tell_split(source, plan)
     return plan
+
+
+def _kept_size(earlier: Plan | None, frames: int) -> int | None:
+    """Return the frames of a unit of the earlier run, unless it had but one unit and there are more frames now."""
+    if earlier is None or (earlier.frames <= earlier.unit_frames and frames > earlier.frames):
+        return None
+    return earlier.unit_frames
 
 
 def _tell_split(source: FrameSource, plan: Plan) -> None:

@@ -1,7 +1,6 @@
 """Tell how a run goes: a bar on a terminal, plain lines in a log file, an answer to ``stillframe status``."""
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -9,18 +8,24 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from stillframe.durable import digest_of
 from stillframe.flags import Flag
-from stillframe.records import Holder, Ledger, Stage, UnitRecord, digest_of, read_lease, write_durably
+from stillframe.leases import Holder, read_lease
+from stillframe.plans import read_plan
+from stillframe.records import Ledger, Stage, UnitRecord
 from stillframe.selftest import Report
 from stillframe.units import Plan, Unit
 
-PLAN_VERSION = 1
+if TYPE_CHECKING:
+    from stillframe.forecast import Forecast
+
 LOG_EVERY = 10.0
 """Seconds between two lines of progress in the log."""
 
@@ -30,7 +35,7 @@ log = logging.getLogger("stillframe")
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Append what a run says to its log file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _PatientFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
@@ -43,7 +48,15 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class _PatientFile(logging.FileHandler):
+    """A log that a full disk does not stop: what matters is told elsewhere too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing."""
 
 
 def warn(message: str) -> None:
@@ -135,21 +148,6 @@ class StageStatus:
         return f"{duration((self.total - self.done) / self.rate)} left" if self.rate else "unknown"
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
-    """Keep how the stack is cut into units, for a later look and for a later run."""
-    content = {"version": PLAN_VERSION, "frames": plan.frames, "unit_frames": plan.unit_frames}
-    write_durably(folder / "plan.json", json.dumps(content).encode())
-
-
-def read_plan(folder: Path) -> Plan | None:
-    """Return how a run cut its stack, or None where no run has begun."""
-    try:
-        content = json.loads((folder / "plan.json").read_text())
-        return Plan(int(content["frames"]), int(content["unit_frames"])) if content["version"] == PLAN_VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def read_status(folder: Path) -> list[StageStatus]:
     """Return how far each stage of a run is.
 
@@ -222,6 +220,39 @@ def _driver(holder: Holder | None, finished: bool) -> str:
     if holder:
         return f"driven by process {holder.pid} on {holder.host} since {holder.since}"
     return "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"
+
+
+def print_forecast(forecast: "Forecast", out: Path, console: Console) -> bool:
+    """Print what a run is going to take, and return whether it fits."""
+    plan = forecast.plan
+    table = Table("", "", "", box=None, show_header=False)
+    done = len(plan.units) - forecast.left
+    size = f"of {plan.unit_frames} frames, {forecast.workers} at a time; {done} are done"
+    disk = f"{'as in the pilot' if forecast.pilot else 'at most'}; {_gib(forecast.free)} are free"
+    rows = (
+        ("tasks", f"{forecast.left} units", size),
+        ("memory", f"{_gib(forecast.memory)} per worker", f"of {_gib(forecast.allowed)}"),
+        ("reads", _gib(forecast.reading), "decoded"),
+        ("writes", _gib(forecast.disk), disk),
+        ("time", _time(forecast), f"from {forecast.pilot} units" if forecast.pilot else "try some units: --pilot 2"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if not forecast.fits:
+        console.print(
+            f"The disk of {out} has no room for this. Free some, choose another --out, or the interpolation nearest, "
+            "which takes the least. (A quota is not seen here.)"
+        )
+    return forecast.fits
+
+
+def _time(forecast: "Forecast") -> str:
+    return "unknown" if forecast.seconds is None else duration(forecast.seconds)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 def print_selftest(report: Report, console: Console) -> None:

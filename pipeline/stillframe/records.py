@@ -1,96 +1,52 @@
-"""What a run keeps beside its stores so that it can be killed anywhere: unit records and a lease.
+"""Unit records: what became of each unit in each stage, published only after everything they speak of is on disk.
 
-A record is published only after everything it speaks of is on disk: ledger entry and durable copy in one.
+A record is ledger entry and durable copy in one. It ends with its own checksum, so that what is read is what was
+written, and it holds what its result depends on, part by part, so that a change can be told by name.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
-import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Final, Literal, Self, get_args
 
 import numpy as np
-import numpy.typing as npt
-import psutil
 import pydantic
 
-from stillframe.errors import LeaseError
+from stillframe.durable import Seal, fingerprint, sync_folder, with_checksum, without_checksum, write_durably
+from stillframe.errors import hopeless
 from stillframe.flags import Flag
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.units import Unit
 
 Stage = Literal["register", "align"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+RECORD_VERSION: Final = 2
+_FLAG_VALUES = range(np.iinfo(MATCH_DTYPE["flag"]).max + 1)
+MOST_INPUTS = 256
+"""Input files of a unit whose names, sizes and times a record keeps one by one."""
 
-HEARTBEAT = 5.0
-"""Seconds between two signs of life of a lease."""
-STALE = 60.0
-"""Seconds without a sign of life after which a lease on another machine is void."""
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+Identity = list[tuple[str, int, int | str]]
+"""Name, size, and time of change or checksum of files."""
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content durable; its name needs its folder synced."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+@dataclass(frozen=True)
+class Mark:
+    """What a unit's result depends on."""
 
+    facts: dict[str, str]
+    """Its parts, in words or hashed, by names that people understand."""
+    inputs: Identity = field(default_factory=list)
+    """The input files, one by one."""
+    older: str = ""
+    """The fingerprint that records of format 1 have for the same."""
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file by content that is on disk before its name is."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def fingerprint(parts: Mapping[str, Any]) -> str:
-    """Hash everything a result depends on; the order of the keys does not matter.
-
-    Examples
-    --------
-    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class Seal(pydantic.BaseModel):
-    """How a finished file looked."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Checksum of the content."""
-
-    @classmethod
-    def of(cls, path: Path) -> "Seal":
-        """Seal a file as it is now."""
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return cls(size=path.stat().st_size, sha256=digest)
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all of it."""
+        return fingerprint(self.facts)
 
 
 class UnitRecord(pydantic.BaseModel):
@@ -98,8 +54,8 @@ class UnitRecord(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
-    format: Literal[1] = 1
-    """Version of this format."""
+    format: Literal[1, 2] = RECORD_VERSION
+    """Version of this format; 1 had no checksum, facts and inputs."""
     stage: Stage
     """Which pass over the frames."""
     unit: int
@@ -109,7 +65,11 @@ class UnitRecord(pydantic.BaseModel):
     stop: int
     """One past the last frame."""
     fingerprint: str
-    """Hash of all that the result depends on."""
+    """Hash of all that the result depends on; empty where there is no result."""
+    facts: dict[str, str] = {}
+    """What that is, part by part."""
+    inputs: Identity = []
+    """The unit's input files, where they are not too many."""
     matches: dict[str, list[float]] | None = None
     """Of the register stage: the kernel's fields."""
     files: dict[str, Seal] = {}
@@ -121,6 +81,21 @@ class UnitRecord(pydantic.BaseModel):
     seconds: float = 0.0
     """Time the unit took."""
 
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> Self:
+        """Let only records through that a unit of frames can have."""
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"frames {self.start} to {self.stop} are no unit")
+        if self.matches is not None and not self._has_all_fields(self.matches):
+            raise ValueError(f"the matches are not those of {self.stop - self.start} frames")
+        return self
+
+    def _has_all_fields(self, matches: dict[str, list[float]]) -> bool:
+        lengths = {len(values) for values in matches.values()}
+        if matches.keys() != set(MATCH_DTYPE.names or ()) or lengths != {self.stop - self.start}:
+            return False
+        return all(value in _FLAG_VALUES for value in matches["flag"])
+
     def to_matches(self) -> Matches:
         """Return the matches as the kernel's structured array; where the unit failed, corrupt frames."""
         if self.matches is None:
@@ -130,10 +105,24 @@ class UnitRecord(pydantic.BaseModel):
             out[name] = self.matches[name]
         return out
 
+    def to_bytes(self) -> bytes:
+        """Return the record as it is stored."""
+        return with_checksum(self.model_dump_json().encode())
 
-def digest_of(array: npt.NDArray[Any]) -> str:
-    """Hash an array's values."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Read what :meth:`to_bytes` gave, or an older format.
+
+        Raises
+        ------
+        ValueError
+            No record, or damaged.
+        """
+        whole, sealed = without_checksum(content)
+        record = cls.model_validate_json(whole)
+        if record.format > 1 and not sealed:
+            raise ValueError("it has no checksum: the file is damaged")
+        return record
 
 
 def from_matches(matches: Matches) -> dict[str, list[float]]:
@@ -152,35 +141,53 @@ class Ledger:
         return self.folder / "units" / stage / f"{unit:06d}.json"
 
     def prepare(self) -> None:
-        """Make the folders before any worker needs them."""
+        """Make the folders before any worker needs them, and sweep what a killed writer left."""
         for stage in STAGES:
-            (self.folder / "units" / stage).mkdir(parents=True, exist_ok=True)
+            folder = self.path(stage, 0).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            for litter in folder.glob(".*.partial"):
+                litter.unlink(missing_ok=True)
+            sync_folder(folder.parent)
+        sync_folder(self.folder)
 
     def publish(self, record: UnitRecord) -> None:
         """Make a record durable; everything it speaks of must be so already."""
-        write_durably(self.path(record.stage, record.unit), record.model_dump_json().encode())
+        write_durably(self.path(record.stage, record.unit), record.to_bytes())
 
     def withdraw(self, stage: Stage, unit: int) -> None:
         """Remove a unit's record before anything it speaks of changes."""
         path = self.path(stage, unit)
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             path.unlink()
             sync_folder(path.parent)
 
     def read(self, stage: Stage, unit: int) -> UnitRecord | None:
-        """Return a unit's record, or None where there is none that can be understood."""
+        """Return a unit's record, or None where there is none that is whole.
+
+        Raises
+        ------
+        ValueError
+            It was written by a newer version of this package.
+        OSError
+            It may not be read.
+        """
+        path = self.path(stage, unit)
         try:
-            record = UnitRecord.model_validate_json(self.path(stage, unit).read_bytes())
-        except (OSError, ValueError):
+            content = path.read_bytes()
+            record = UnitRecord.from_bytes(content)
+        except OSError as error:
+            if hopeless(error):
+                raise
+            return None
+        except ValueError:
+            refuse_newer(path, content, "format", RECORD_VERSION)
             return None
         return record if (record.stage, record.unit) == (stage, unit) else None
 
-    def finished(self, stage: Stage, unit: Unit, mark: str, known: Sequence[str] = ()) -> UnitRecord | None:
+    def finished(self, stage: Stage, unit: Unit, mark: Mark, known: Sequence[str] = ()) -> UnitRecord | None:
         """Return the unit's record if it holds: same fingerprint, files as recorded, no problem but known ones."""
         record = self.read(stage, unit.number)
-        if record is None or record.fingerprint != mark or record.problems not in ([], list(known)):
-            return None
-        if (record.start, record.stop) != (unit.start, unit.stop):
+        if record is None or not fits(record, unit, mark) or record.problems not in ([], list(known)):
             return None
         whole = all(_size(self.folder / name) == seal.size for name, seal in record.files.items())
         return record if whole else None
@@ -195,11 +202,69 @@ class Ledger:
 
     def numbers(self, stage: Stage) -> list[int]:
         """Numbers of all records of a stage, in order."""
-        return sorted(int(path.stem) for path in (self.folder / "units" / stage).glob("[0-9]*.json"))
+        names = (path.stem for path in (self.folder / "units" / stage).glob("[0-9]*.json"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def records(self, stage: Stage) -> list[UnitRecord]:
-        """All records of a stage that can be understood, in order."""
+        """All records of a stage that are whole, in order."""
         return [record for number in self.numbers(stage) if (record := self.read(stage, number)) is not None]
+
+
+def fits(record: UnitRecord, unit: Unit, mark: Mark) -> bool:
+    """Tell whether a record is of the same frames, made from the same."""
+    same = record.fingerprint == mark.fingerprint or (record.format == 1 and record.fingerprint == mark.older)
+    return same and (record.start, record.stop) == (unit.start, unit.stop)
+
+
+def changes(record: UnitRecord, mark: Mark) -> list[str]:
+    """Name what a result depended on and is different now, input files one by one.
+
+    Examples
+    --------
+    >>> before = {"mask": "a" * 64, "fill": "0"}
+    >>> record = UnitRecord(stage="align", unit=0, start=0, stop=4, fingerprint="x", facts=before)
+    >>> changes(record, Mark({"mask": "b" * 64, "fill": "0"}))
+    ['mask']
+    """
+    if not record.facts:
+        return ["an older format" if record.fingerprint else "it failed"]
+    before, now = record.facts, mark.facts
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    return [f"{name}{_details(name, record, mark)}" for name in names]
+
+
+def _details(name: str, record: UnitRecord, mark: Mark) -> str:
+    if name == INPUT_FILES:
+        return _changed_files(record.inputs, mark.inputs)
+    before, now = record.facts.get(name, ""), mark.facts.get(name, "")
+    return f" ({before or 'none'} → {now or 'none'})" if max(len(before), len(now)) <= _SHORT else ""
+
+
+INPUT_FILES = "input files"
+_SHORT = 24
+"""Characters of a fact that is worth showing; longer ones are hashes."""
+
+
+def _changed_files(before: Identity, now: Identity) -> str:
+    """Name up to three files that were changed, came, or vanished."""
+    if not before or not now:
+        return ""
+    old, new = ({name: rest for name, *rest in files} for files in (before, now))
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return f" ({', '.join(names[:3])}{'…' if len(names) > 3 else ''})"
+
+
+def refuse_newer(path: Path, content: bytes, name: str, known: int) -> None:
+    """Raise ``ValueError`` if a JSON file tells of a version that this package does not know."""
+    try:
+        version = json.loads(without_checksum(content)[0])[name]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return
+    if isinstance(version, int) and version > known:
+        raise ValueError(
+            f"{path} has {name} {version}, and this stillframe knows up to {known}: a newer one wrote it. "
+            "Use that one, or another folder; nothing was changed."
+        )
 
 
 def _size(path: Path) -> int | None:
@@ -207,135 +272,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-class Holder(pydantic.BaseModel):
-    """Who drives a run."""
-
-    model_config = pydantic.ConfigDict(frozen=True)
-
-    host: str
-    """Machine."""
-    pid: int
-    """Process there."""
-    born: float
-    """When that process began, seconds since 1970: process numbers are used again."""
-    since: str
-    """When it took the lease, in words."""
-
-    @classmethod
-    def me(cls) -> "Holder":
-        """Describe this process, now."""
-        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(host=socket.gethostname(), pid=pid, born=psutil.Process(pid).create_time(), since=now)
-
-    def lives(self, silent: float) -> bool:
-        """Tell whether it still drives, after so many seconds without a sign of life."""
-        if self.host != socket.gethostname():
-            return silent <= STALE
-        try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.born) < 2)
-        except psutil.NoSuchProcess:
-            return False
-
-
-def read_lease(folder: Path) -> Holder | None:
-    """Return who drives this run now, or None."""
-    path = folder / "lease.json"
-    try:
-        holder = Holder.model_validate_json(path.read_bytes())
-        silent = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    return holder if holder.lives(silent) else None
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The exclusive right to drive a run's folder."""
-
-    folder: Path
-    holder: Holder
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-        return self.folder / "lease.json"
-
-    def check(self) -> None:
-        """Raise ``LeaseError`` if another driver has taken over."""
-        if not self._mine():
-            raise LeaseError(
-                f"another driver took over {self.folder}, as this one had given no sign of life for {STALE:.0f} s. "
-                "It goes on with what was finished; nothing needs to be done here."
-            )
-
-    def _mine(self) -> bool:
-        try:
-            return Holder.model_validate_json(self.path.read_bytes()) == self.holder
-        except (OSError, ValueError):
-            return False
-
-    def keep(self, stop: threading.Event) -> None:
-        """Give a sign of life every few seconds until told to stop."""
-        while not stop.wait(HEARTBEAT) and self._mine():
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def give_back(self) -> None:
-        """Remove it, if it is still one's own."""
-        if self._mine():
-            self.path.unlink(missing_ok=True)
-
-
-def refuse_second(folder: Path) -> None:
-    """Raise ``LeaseError`` if a living driver works on this folder."""
-    holder = read_lease(folder)
-    if holder is not None:
-        raise LeaseError(
-            f"{folder} is being written by process {holder.pid} on {holder.host} since {holder.since}: two drivers "
-            "would mix their results. Wait for it, or stop it and run this again."
-        )
-
-
-@contextlib.contextmanager
-def lease(folder: Path) -> Iterator[Lease]:
-    """Hold the exclusive right to drive a run's folder, with a sign of life every few seconds.
-
-    Raises
-    ------
-    LeaseError
-        Another living driver holds it; names its machine, process and start.
-    """
-    mine = Lease(folder, Holder.me())
-    _take(mine)
-    stop = threading.Event()
-    beat = threading.Thread(target=mine.keep, args=(stop,), name="stillframe-lease", daemon=True)
-    beat.start()
-    try:
-        yield mine
-    finally:
-        stop.set()
-        beat.join()
-        mine.give_back()
-
-
-def _take(mine: Lease) -> None:
-    """Put the lease in place with its content, whole or not at all, a void one removed first."""
-    draft = mine.path.with_name(f".lease.{mine.holder.host}.{mine.holder.pid}.partial")
-    draft.write_text(mine.holder.model_dump_json())
-    try:
-        with _alone(mine.folder):
-            refuse_second(mine.folder)
-            mine.path.unlink(missing_ok=True)
-            os.link(draft, mine.path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time look at the lease and change it."""
-    with (folder / ".lease.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -56,6 +56,9 @@ class Settings(pydantic.BaseModel):
     """Value of pixels nothing was observed for: NaN for floats, 0 for integers by default."""
     missing_chunks: Literal["report", "fill"] = "report"
     """An input chunk without a file is reported and its frames flagged, or read as the input's fill value."""
+    input_check: Literal["times", "contents"] = "times"
+    """How a change of input files is noticed: by names, sizes and times, or by checksums of all they hold, which takes
+    another reading of them."""
     unit_frames: int | None = Field(default=None, ge=1)
     """Frames of a unit, that is of an output shard; chosen from memory and input chunks by default."""
     workers: int | None = Field(default=None, ge=0)

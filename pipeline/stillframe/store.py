@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 import zarr
+from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec
+from zarr.storage import MemoryStore
 
 import stillframe
+from stillframe.durable import Seal, make_folder, sync_folder, sync_tree, write_draft, write_durably
 from stillframe.flags import cf_attributes
 from stillframe.match import KERNEL_VERSION
 from stillframe.noise import Noise
-from stillframe.records import Seal, sync_file, sync_folder, write_durably
 from stillframe.reference import Reference
 from stillframe.units import Unit
 
@@ -93,43 +96,93 @@ def provenance(reference: Reference) -> dict[str, Any]:
     }
 
 
-def write_dataset(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> None:
-    """Write a dataset whole: under another name first, durable, then in place of an older one.
-
-    With ``compute=False`` lazy variables get their metadata only; chunks of ``frames`` that an older store of the
-    same layout holds are kept.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with quiet_zarr():
-        dataset.to_zarr(partial, zarr_format=3, consolidated=True, compute=compute)  # type: ignore[call-overload]
-    sync_tree(partial)
-    if not compute and _layout(path) == _layout(partial) and (path / "frames" / "c").exists():
-        (path / "frames" / "c").rename(partial / "frames" / "c")
+def write_dataset(dataset: xr.Dataset, path: Path) -> None:
+    """Write a dataset whole: under another name first, durable, then in place of an older one."""
+    partial = _partial(dataset, path)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync_folder(path.parent)
 
 
+def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
+    """Write a dataset durably under another name and return it."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with quiet_zarr():
+        dataset.to_zarr(partial, zarr_format=3, consolidated=True, compute=compute)  # type: ignore[call-overload]
+    sync_tree(partial)
+    return partial
+
+
+def create_aligned(dataset: xr.Dataset, path: Path) -> None:
+    """Write all of the aligned store but the pixels, which stay where they are if they mean the same.
+
+    File by file, the root last and marked incomplete before the first: whenever this is killed, no shard that counts
+    is lost and nothing passes for finished.
+    """
+    partial = _partial(dataset, path, compute=False)
+    if not path.exists():
+        partial.rename(path)
+        sync_folder(path.parent)
+        return
+    _mark(path, complete=False)
+    if _layout(path) != _layout(partial):
+        shutil.rmtree(path / "frames", ignore_errors=True)
+    _replace_files(partial, path)
+    shutil.rmtree(partial)
+
+
+def _mark(path: Path, **attributes: Any) -> None:
+    """Change attributes of the root of a store, if it has one that can be understood."""
+    root = path / "zarr.json"
+    try:
+        metadata = json.loads(root.read_text())
+        metadata["attributes"] |= attributes
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    write_durably(root, json.dumps(metadata, indent=2).encode())
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move every file of a tree to its place in another, the root's metadata last; remove what is left over there."""
+    names = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
+    for file in list(store_files(target)):
+        if file.relative_to(target) not in names:
+            file.unlink()
+    for name in sorted(names, key=lambda name: name == Path("zarr.json")):
+        make_folder((target / name).parent)
+        (source / name).replace(target / name)
+        sync_folder((target / name).parent)
+
+
+def store_files(path: Path) -> Iterator[Path]:
+    """Yield every file of a store but the shards of frames, which records speak of."""
+    shards = path / "frames" / "c"
+    return (file for file in sorted(path.rglob("*")) if file.is_file() and shards not in file.parents)
+
+
 def _layout(store: Path) -> dict[str, Any] | None:
-    """Return what decides how chunks of frames are to be read."""
+    """Return what decides how chunks of frames are to be read; the number of frames does not."""
     try:
         metadata: dict[str, Any] = json.loads((store / "frames" / "zarr.json").read_text())
-    except (OSError, ValueError):
+        return {name: value for name, value in metadata.items() if name != "attributes"} | {
+            "shape": metadata["shape"][1:]
+        }
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return {name: value for name, value in metadata.items() if name != "attributes"}
 
 
-def seal_aligned(path: Path, holes: list[Unit]) -> None:
-    """Mark the aligned store complete, or say which frames were never written and take back their shifts."""
+def seal_aligned(path: Path, holes: list[Unit], *, growing: bool = False) -> None:
+    """Mark the aligned store complete, or say which frames were never written and take back their shifts.
+
+    One to which frames are still going to be added is not complete.
+    """
     if holes:
         applied = zarr.open_array(path / "applied", mode="r+")
         for unit in holes:
             applied[unit.start : unit.stop] = np.nan
-    root = path / "zarr.json"
-    metadata = json.loads(root.read_text())
-    metadata["attributes"] |= {"complete": not holes, "missing": [str(unit) for unit in holes]}
-    write_durably(root, json.dumps(metadata, indent=2).encode())
+        sync_tree(path / "applied")
+    _mark(path, complete=not (holes or growing), missing=[str(unit) for unit in holes])
 
 
 @contextlib.contextmanager
@@ -139,13 +192,6 @@ def quiet_zarr() -> Iterator[None]:
         for text in ("Consolidated metadata is currently not", "The codec `vlen-utf8`", "The data ?type"):
             warnings.filterwarnings("ignore", message=text)
         yield
-
-
-def sync_tree(folder: Path) -> None:
-    """Make every file and name below a folder durable."""
-    for path in sorted(folder.rglob("*")):
-        (sync_folder if path.is_dir() else sync_file)(path)
-    sync_folder(folder)
 
 
 def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
@@ -246,18 +292,42 @@ def aligned_encoding(shape: tuple[int, ...], unit_frames: int, fill: float, dtyp
     }
 
 
-def write_unit(path: Path, unit: Unit, frames: npt.NDArray[Any]) -> dict[str, Seal]:
-    """Write one whole shard of the aligned frames durably and return the seal of its file, by its path.
+@dataclass(frozen=True)
+class Draft:
+    """An encoded shard, durable under a name of its own until it gets its place."""
 
-    The file is removed first: a partly covered last shard would otherwise be read before it is written.
+    file: Path
+    """Where it lies."""
+    store: Path
+    """The store it belongs to."""
+    name: str
+    """Its place in the store."""
+    seal: Seal
+    """How it looks."""
+
+    def put_in_place(self) -> None:
+        """Let the store have it, in one step, durably."""
+        home = self.store / self.name
+        home.parent.mkdir(parents=True, exist_ok=True)
+        self.file.replace(home)
+        for folder in home.relative_to(self.store).parents:
+            sync_folder(self.store / folder)
+
+    def discard(self) -> None:
+        """Remove it, if it did not get its place."""
+        self.file.unlink(missing_ok=True)
+
+
+def draft_unit(path: Path, unit: Unit, frames: npt.NDArray[Any], drafts: Path) -> Draft:
+    """Encode one whole shard of the aligned frames and keep it durably aside.
+
+    It is encoded in memory: a partly covered last shard that is there already is never read before it is written.
     """
-    array = zarr.open_array(path / "frames", mode="r+").with_config({"write_empty_chunks": True})
-    file = path / "frames" / array.metadata.encode_chunk_key((unit.number, 0, 0))
-    if file.parent.exists():
-        for old in file.parent.glob(f"{file.name}*"):
-            old.unlink()
+    memory: dict[str, Any] = {"zarr.json": Buffer.from_bytes((path / "frames" / "zarr.json").read_bytes())}
+    array = zarr.open_array(MemoryStore(memory), mode="r+").with_config({"write_empty_chunks": True})
     array[unit.start : unit.stop] = frames
-    sync_file(file)
-    for folder in file.relative_to(path).parents:
-        sync_folder(path / folder)
-    return {str(file.relative_to(path.parent)): Seal.of(file)}
+    key = array.metadata.encode_chunk_key((unit.number, 0, 0))
+    content = memoryview(np.ascontiguousarray(memory[key].as_numpy_array()))
+    file = drafts / f"{unit.number:06d}.{uuid.uuid4().hex}"
+    write_draft(file, content)
+    return Draft(file, path, f"frames/{key}", Seal.of_content(content))

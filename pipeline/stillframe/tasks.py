@@ -1,26 +1,28 @@
 """What a worker does with one unit, made durable before its task returns.
 
 A unit's life, in this order, so that a kill at any moment leaves either a finished unit or one that is done again:
-withdraw the old record; remove the old shard; write the shard; make file and folders durable; publish the record.
+write the shard under a name of its own, durably; then, while nobody can take over the run, withdraw the old record,
+put the shard in its place, make the folders durable, publish the record. Whatever happens twice, or too late, gives
+the same bytes or nothing.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from stillframe.durable import Seal, digest_of, fingerprint
 from stillframe.errors import hopeless
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, Reading
+from stillframe.leases import Claim
 from stillframe.match import MATCH_DTYPE, Matches, match_frames, no_match
-from stillframe.records import STAGES, Ledger, Seal, Stage, UnitRecord, digest_of, fingerprint, from_matches
+from stillframe.records import INPUT_FILES, Ledger, Mark, Stage, UnitRecord, from_matches
 from stillframe.reference import Reference
 from stillframe.resample import Interpolation, resample_frames
-from stillframe.store import ReferenceFile, write_unit
+from stillframe.store import ReferenceFile, draft_unit
 from stillframe.units import Unit
 from stillframe.warm import Compile, Part
 
@@ -28,19 +30,57 @@ Moves = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class RegisterUnit:
-    """The first stage, by which each frame gets a shift or a flag; small, it travels with every unit."""
+class Job:
+    """What every unit's task shares; small, it travels with each."""
 
     source: FrameSource
+    """The frames."""
     reference: ReferenceFile
-    folder: Path
+    """What they are laid on."""
+    claim: Claim
+    """The right to write into the run's folder."""
+    contents: bool = False
+    """Whether input files are known by their contents, and not by their times."""
 
-    def record(self, unit: Unit, mark: str, reading: Reading) -> UnitRecord:
+    @property
+    def ledger(self) -> Ledger:
+        """The records of the run."""
+        return Ledger(self.claim.folder)
+
+    def read(self, unit: Unit, mark: Mark) -> Reading:
+        """Read a unit, and see that its files are those that the mark speaks of.
+
+        Raises
+        ------
+        InputChanged
+            They are not: the result would be recorded as that of other frames.
+        """
+        reading = self.source.read(unit)
+        files = self.source.identity(unit.start, unit.stop, contents=self.contents)
+        if fingerprint({"files": files}) != mark.facts[INPUT_FILES]:
+            raise InputChanged(
+                f"the input files of {unit} changed since this run began, so that its result would be that of other "
+                "frames. Run the same command again when nothing writes to them any more, or use --follow."
+            )
+        return reading
+
+
+class InputChanged(RuntimeError):
+    """Frames were changed under a run's hands."""
+
+
+@dataclass(frozen=True)
+class RegisterUnit:
+    """The first stage, by which each frame gets a shift or a flag."""
+
+    job: Job
+
+    def record(self, unit: Unit, mark: Mark, reading: Reading, began: float) -> UnitRecord:
         """Register what was read and make it durable."""
-        began = time.perf_counter()
-        matches = _match_reading(reading.frames, reading.damaged, self.reference.load())
+        matches = _match_reading(reading.frames, reading.damaged, self.job.reference.load())
         record = _record("register", unit, mark, began, problems=reading.problems, matches=from_matches(matches))
-        Ledger(self.folder).publish(record)
+        with self.job.claim.writing():
+            self.job.ledger.publish(record)
         return record
 
 
@@ -68,35 +108,43 @@ def _match_reading(frames: npt.NDArray[Any], damaged: npt.NDArray[np.bool_], ref
 class AlignUnit:
     """The second stage, by which each frame is laid on the reference."""
 
-    source: FrameSource
-    reference: ReferenceFile
-    folder: Path
+    job: Job
     interpolation: Interpolation
+    """How frames are moved."""
     fill: float
+    """Value where nothing was observed."""
+    unit_frames: int
+    """Frames of a whole shard."""
 
-    def __call__(self, work: tuple[Unit, Mapping[str, Any], Moves]) -> UnitRecord:
+    def mark(self, registered: Mark, moves: Moves) -> Mark:
+        """Return what a unit's aligned frames depend on: the same as its shifts, these, and more settings."""
+        mine = {"interpolation": self.interpolation, "fill": repr(self.fill), "unit_frames": str(self.unit_frames)}
+        return replace(registered, facts={**registered.facts, **mine, "shifts": digest_of(moves)}, older="")
+
+    def __call__(self, work: tuple[Unit, Mark, Moves]) -> UnitRecord:
         """Align one unit durably and return its record."""
-        unit, marked, moves = work
-        Ledger(self.folder).withdraw("align", unit.number)
-        return self.record(unit, marked, moves, self.source.read(unit))
+        unit, mark, moves = work
+        self.job.reference.load()  # what it takes for a while is free again before the frames are read
+        return self.record(unit, mark, moves, self.job.read(unit, mark))
 
-    def record(self, unit: Unit, marked: Mapping[str, Any], moves: Moves, reading: Reading) -> UnitRecord:
+    def record(self, unit: Unit, mark: Mark, moves: Moves, reading: Reading) -> UnitRecord:
         """Align what was read and make it durable."""
         began = time.perf_counter()
         kept = np.where(reading.damaged[:, None], np.nan, moves)
-        mask = self.reference.load().frame_mask
+        mask = self.job.reference.load().frame_mask
         frames = resample_frames(reading.frames, kept, mask, interpolation=self.interpolation, fill=self.fill)
-        files = write_unit(self.folder / "aligned.zarr", unit, frames)
-        shifts = digest_of(moves)
-        mark = align_mark(marked, moves)
+        claim, ledger = self.job.claim, self.job.ledger
+        draft = draft_unit(claim.folder / "aligned.zarr", unit, frames, claim.drafts)
+        files, shifts = {f"aligned.zarr/{draft.name}": draft.seal}, digest_of(moves)
         record = _record("align", unit, mark, began, problems=reading.problems, files=files, shifts=shifts)
-        Ledger(self.folder).publish(record)
+        try:
+            with claim.writing():
+                ledger.withdraw("align", unit.number)
+                draft.put_in_place()
+                ledger.publish(record)
+        finally:
+            draft.discard()
         return record
-
-
-def align_mark(marked: Mapping[str, Any], moves: Moves) -> str:
-    """Fingerprint of what a unit's aligned frames depend on: the shifts, and all that was known before them."""
-    return fingerprint({**marked, "shifts": digest_of(moves)})
 
 
 @dataclass(frozen=True)
@@ -106,19 +154,20 @@ class BothStages:
     register: RegisterUnit
     align: AlignUnit
 
-    def __call__(self, work: tuple[Unit, str, Mapping[str, Any]]) -> UnitRecord:
+    def __call__(self, work: tuple[Unit, Mark]) -> UnitRecord:
         """Register and align one unit durably and return the record of the first stage.
 
         What keeps the second from being finished is left to it, except what every other unit would meet too.
         """
-        unit, mark, marked = work
-        for stage in STAGES:
-            Ledger(self.register.folder).withdraw(stage, unit.number)
-        self.register.reference.load()  # what it takes for a while is free again before the frames are read
-        reading = self.register.source.read(unit)
-        registered = self.register.record(unit, mark, reading)
+        unit, mark = work
+        job = self.register.job
+        job.reference.load()  # what it takes for a while is free again before the frames are read
+        began = time.perf_counter()
+        reading = job.read(unit, mark)
+        registered = self.register.record(unit, mark, reading, began)
+        moves = moves_of(registered)
         try:
-            self.align.record(unit, marked, moves_of(registered), reading)
+            self.align.record(unit, self.align.mark(mark, moves), moves, reading)
         except Exception as error:
             if hopeless(error):
                 raise
@@ -134,7 +183,7 @@ def moves_of(record: UnitRecord) -> Moves:
 def _record(
     stage: Stage,
     unit: Unit,
-    mark: str,
+    mark: Mark,
     began: float,
     *,
     problems: list[str],
@@ -147,7 +196,9 @@ def _record(
         unit=unit.number,
         start=unit.start,
         stop=unit.stop,
-        fingerprint=mark,
+        fingerprint=mark.fingerprint,
+        facts=mark.facts,
+        inputs=mark.inputs,
         matches=matches,
         files=files or {},
         shifts=shifts,

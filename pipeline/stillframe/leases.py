@@ -1,0 +1,229 @@
+"""One driver per output: a lease with a heartbeat, and the fence that keeps out whoever was replaced.
+
+Whoever writes into a run's folder, driver or worker, does so while it holds a shared lock and after a look at the
+lease; a new driver takes over under the exclusive lock. So a writer that was paused, or that belongs to an earlier
+run, can never put its result over a newer one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pydantic
+
+from stillframe.durable import write_draft
+from stillframe.errors import LeaseError
+
+HEARTBEAT = 5.0
+"""Seconds between two signs of life of a lease."""
+STALE = 60.0
+"""Seconds without a sign of life after which a lease on another machine is void."""
+PATIENCE = 60.0
+"""Seconds in which writers of an earlier run finish the file they are at."""
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
+"""What a file system without locks says; a look at the lease is all there is on it."""
+_POLL = 0.05
+
+
+class Holder(pydantic.BaseModel):
+    """Who drives a run."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    host: str
+    """Machine."""
+    pid: int
+    """Process there."""
+    born: float
+    """When that process began, seconds since 1970: process numbers are used again."""
+    since: str
+    """When it took the lease, in words."""
+    token: str = ""
+    """Different for every lease ever taken."""
+
+    @classmethod
+    def me(cls) -> "Holder":
+        """Describe this process, now."""
+        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        born = psutil.Process(pid).create_time()
+        return cls(host=socket.gethostname(), pid=pid, born=born, since=now, token=uuid.uuid4().hex)
+
+    def lives(self, silent: float) -> bool:
+        """Tell whether it still drives, after so many seconds without a sign of life."""
+        if self.host != socket.gethostname():
+            return silent <= STALE
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.born) < 2)
+        except psutil.NoSuchProcess:
+            return False
+
+
+def _lease_file(folder: Path) -> Path:
+    return folder / "lease.json"
+
+
+def read_lease(folder: Path, now: float | None = None) -> Holder | None:
+    """Return who drives this run, or None; ``now`` is the time by the clock of the file system."""
+    try:
+        holder = Holder.model_validate_json(_lease_file(folder).read_bytes())
+        seen = _lease_file(folder).stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    return holder if holder.lives((time.time() if now is None else now) - seen) else None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to write into a run's folder until another driver takes over; travels with every unit."""
+
+    folder: Path
+    """The run's folder."""
+    token: str
+    """That of the lease."""
+
+    def check(self) -> None:
+        """Raise ``LeaseError`` if another driver has taken over."""
+        if not self.holds():
+            raise LeaseError(
+                f"another driver took over {self.folder}, as this one had given no sign of life for {STALE:.0f} s. "
+                "It goes on with what was finished; nothing needs to be done here."
+            )
+
+    def holds(self) -> bool:
+        """Tell whether the lease is still the one that was taken."""
+        try:
+            return Holder.model_validate_json(_lease_file(self.folder).read_bytes()).token == self.token
+        except (OSError, ValueError):
+            return False
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write while nobody can take over.
+
+        Raises
+        ------
+        LeaseError
+            Another driver has taken over: nothing may be written any more.
+        """
+        with _locked(self.folder, fcntl.LOCK_SH):
+            self.check()
+            yield
+
+    @property
+    def drafts(self) -> Path:
+        """Folder of files that have not got their place yet; nobody else's."""
+        return drafts_of(self.folder) / self.token
+
+
+def drafts_of(folder: Path) -> Path:
+    """Return the folder under which all runs into this folder keep their drafts."""
+    return folder / ".drafts"
+
+
+@dataclass(frozen=True)
+class Lease(Claim):
+    """The exclusive right to drive a run's folder."""
+
+    def keep(self, stop: threading.Event) -> None:
+        """Give a sign of life every few seconds until told to stop."""
+        while not stop.wait(HEARTBEAT) and self.holds():
+            with contextlib.suppress(OSError):
+                os.utime(_lease_file(self.folder))
+
+    def claim(self) -> Claim:
+        """Return what workers need of it."""
+        return Claim(self.folder, self.token)
+
+    def give_back(self) -> None:
+        """Remove it, if it is still one's own."""
+        with contextlib.suppress(OSError), _locked(self.folder, fcntl.LOCK_EX):
+            if self.holds():
+                _lease_file(self.folder).unlink(missing_ok=True)
+
+
+def refuse_second(folder: Path, now: float | None = None) -> None:
+    """Raise ``LeaseError`` if a living driver works on this folder."""
+    holder = read_lease(folder, now)
+    if holder is not None:
+        raise LeaseError(
+            f"{folder} is being written by process {holder.pid} on {holder.host} since {holder.since}: two drivers "
+            "would mix their results. Wait for it, or stop it and run this again."
+        )
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[Lease]:
+    """Hold the exclusive right to drive a run's folder, with a sign of life every few seconds.
+
+    Raises
+    ------
+    LeaseError
+        Another living driver holds it, named with its machine, process and start; or a writer of an earlier run does
+        not end.
+    """
+    me = Holder.me()
+    mine = Lease(folder, me.token)
+    _take(folder, me)
+    stop = threading.Event()
+    beat = threading.Thread(target=mine.keep, args=(stop,), name="stillframe-lease", daemon=True)
+    beat.start()
+    try:
+        yield mine
+    finally:
+        stop.set()
+        beat.join()
+        mine.give_back()
+
+
+def _take(folder: Path, me: Holder) -> None:
+    """Put the lease in place with its content, whole or not at all, a void one removed first."""
+    draft = folder / f".lease.{me.token}.partial"
+    write_draft(draft, me.model_dump_json().encode())
+    try:
+        with _locked(folder, fcntl.LOCK_EX):
+            os.utime(draft)
+            refuse_second(folder, draft.stat().st_mtime)
+            _lease_file(folder).unlink(missing_ok=True)
+            os.link(draft, _lease_file(folder))
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    """Hold the lock under which a lease is changed (exclusive) or relied upon (shared)."""
+    with (folder / ".lease.lock").open("a") as lock:
+        _acquire(lock, kind, folder)
+        yield
+
+
+def _acquire(lock: IO[str], kind: int, folder: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while not _acquired(lock, kind):
+        if time.monotonic() > until:
+            raise LeaseError(
+                f"a process of an earlier run still writes into {folder} and did not end within {PATIENCE:g} s. Look "
+                "for paused stillframe or dask processes that have it open (lsof), stop them, and run this again."
+            )
+        time.sleep(_POLL)
+
+
+def _acquired(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True

@@ -1,0 +1,89 @@
+"""What each unit's results depend on, stage by stage, so that a change redoes just what it concerns."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from stillframe.durable import digest_of, fingerprint
+from stillframe.frames import FrameSource
+from stillframe.match import KERNEL_VERSION
+from stillframe.records import INPUT_FILES, MOST_INPUTS, Identity, Mark
+from stillframe.reference import Reference
+from stillframe.tasks import AlignUnit, Moves
+from stillframe.units import Plan, Unit
+
+_LOOKING = 8
+"""Threads that look at input files: on a shared file system each look is a journey."""
+_SETTINGS = ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
+
+
+@dataclass(frozen=True, eq=False)
+class Marker:
+    """Tells what the results of each unit of a run depend on; looks at the input once."""
+
+    reference: Reference
+    """What frames are laid on, with its settings."""
+    plan: Plan
+    """The units."""
+    align_unit: AlignUnit
+    """The second stage, with its settings."""
+
+    @property
+    def source(self) -> FrameSource:
+        """The frames."""
+        return self.align_unit.job.source
+
+    def register(self, unit: Unit) -> Mark:
+        """Return what a unit's registration depends on."""
+        files = self._files[unit.number]
+        facts = self._common | {INPUT_FILES: fingerprint({"files": files}), "frames": f"{unit.start}–{unit.stop - 1}"}
+        older = fingerprint(self._older(unit, files))
+        return Mark(facts, files if len(files) <= MOST_INPUTS else [], older)
+
+    def align(self, unit: Unit, moves: Moves) -> Mark:
+        """Return what a unit's aligned frames depend on."""
+        mark = self.align_unit.mark(self.register(unit), moves)
+        older = self._older(unit, self._files[unit.number]) | {
+            "interpolation": self.align_unit.interpolation,
+            "fill": mark.facts["fill"],
+            "layout": (self.plan.frames, self.plan.unit_frames),
+            "shifts": mark.facts["shifts"],
+        }
+        return replace(mark, older=fingerprint(older))
+
+    @cached_property
+    def _common(self) -> dict[str, str]:
+        """Return what is the same for every unit."""
+        settings = {name: str(getattr(self.reference, name)) for name in _SETTINGS}
+        return settings | {
+            "kernel version": str(KERNEL_VERSION),
+            "mask": digest_of(self.reference.frame_mask),
+            "reference": self.reference.digest,
+            "layout of the frames": fingerprint({"metadata": self.source.meaning()}),
+            "missing_chunks": self.source.missing_chunks,
+        }
+
+    @cached_property
+    def _files(self) -> Sequence[Identity]:
+        with ThreadPoolExecutor(_LOOKING) as pool:
+            return list(pool.map(self._identity, self.plan.units))
+
+    @cached_property
+    def _description(self) -> str:
+        return self.source.description()
+
+    def _identity(self, unit: Unit) -> Identity:
+        return self.source.identity(unit.start, unit.stop, contents=self.align_unit.job.contents)
+
+    def _older(self, unit: Unit, files: Identity) -> dict[str, Any]:
+        """Return what records of format 1 hashed."""
+        return {
+            "kernel": KERNEL_VERSION,
+            "reference": self.reference.digest,
+            "array": self._description,
+            "missing_chunks": self.source.missing_chunks,
+            "files": files,
+            "frames": (unit.start, unit.stop),
+        }
