@@ -1,16 +1,22 @@
-"""The command line: run, status, simulate, demo."""
+"""The command line: run, status, plan, verify, simulate, demo, selftest."""
 
 import functools
+import inspect
+import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
 from stillframe.errors import LeaseError, RunStopped
+
+if TYPE_CHECKING:
+    from stillframe.settings import Settings
 
 app = typer.Typer(
     help="Keep still what should be still: masked registration of stacks of detector frames.",
@@ -21,14 +27,29 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_STOPPED = "Stopped. What is finished is kept: give the same command again to go on."
 EXIT_PROBLEMS, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 P = ParamSpec("P")
 
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     app()
+
+
+_stopping = threading.Event()
+"""Set by the first Ctrl-C or SIGTERM: an exception alone is lost where it happens to meet a destructor."""
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """End as by Ctrl-C, also on a batch system's SIGTERM; the second time at once, since nothing can be lost."""
+    if _stopping.is_set():
+        os.write(2, f"{_STOPPED}\n".encode())
+        os._exit(EXIT_INTERRUPTED)
+    _stopping.set()
+    raise KeyboardInterrupt
 
 
 def told(command: Callable[P, None]) -> Callable[P, None]:
@@ -39,7 +60,7 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            err.print("Stopped. What is finished is kept: give the same command again to go on.")
+            err.print(_STOPPED)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
             err.print(f"Error: {error}", markup=False)
@@ -48,46 +69,123 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    """Let a batch system's SIGTERM end a run as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+_FRAMES = Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")]
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "mask": (Path, "Valid pixels: npy, tif, png or Zarr; non-zero = valid."),
+    "out": (Path, "Folder for the results."),
+    "settings": (Path, "TOML file of settings; flags override it."),
+    "reference": (str, 'Frames to average ("0:16", "100"), or a file.'),
+    "reference_iterations": (int, "Rounds of registering and averaging them."),
+    "reference_kind": (str, 'Only frames of this kind, such as "unpumped".'),
+    "max_shift": (int, "Largest shift looked for, pixels."),
+    "overlap_ratio": (float, "Least overlap, part of the largest."),
+    "saturation": (float, "Pixel value at which the detector saturates."),
+    "subpixel": (bool, "Refine to fractions of a pixel (default)."),
+    "weights": (str, "counts (inverse variance) or uniform."),
+    "interpolation": (str, "nearest, linear, cubic or lanczos."),
+    "fill": (float, "Value of pixels nothing was observed for."),
+    "missing_chunks": (str, "report, or fill as Zarr does."),
+    "input_check": (str, "Notice changed input by times, or by contents."),
+    "unit_frames": (int, "Frames of a unit (an output shard)."),
+    "workers": (int, "Local worker processes; 0: work in this one."),
+    "scheduler": (str, "Address or file of a running dask scheduler."),
+    "memory": (float, "Memory per worker, GiB."),
+}
+"""Settings of a run as flags: their type, and what they are."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the settings of a run, from flags and from a file, as its first argument."""
+
+    @functools.wraps(command)
+    def wrapped(**flags: Any) -> None:
+        from stillframe.settings import make_settings, read_toml
+
+        own = {name: flags.pop(name) for name in names}
+        file = flags.pop("settings")
+        command(make_settings((read_toml(file) if file else {}) | _given(flags)), **own)
+
+    own = list(inspect.signature(command).parameters.values())[1:]
+    names = [parameter.name for parameter in own]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _settings_flags().items()
+    ]
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*parameters, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    )
+    wrapped.__annotations__ = _settings_flags() | {parameter.name: parameter.annotation for parameter in own}
+    return wrapped
+
+
+def _settings_flags() -> dict[str, Any]:
+    flags = {name: Annotated[kind | None, typer.Option(help=text)] for name, (kind, text) in _OPTIONS.items()}
+    return {"frames": _FRAMES, **flags}
+
+
 @app.command()
 @told
+@with_settings
 def run(
-    frames: Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="TOML file of settings; flags override it.")] = None,
-    reference: Annotated[str | None, typer.Option(help='Frames to average ("0:16", "100"), or a file.')] = None,
-    reference_iterations: Annotated[int | None, typer.Option(help="Rounds of registering and averaging them.")] = None,
-    reference_kind: Annotated[str | None, typer.Option(help='Only frames of this kind, such as "unpumped".')] = None,
-    max_shift: Annotated[int | None, typer.Option(help="Largest shift looked for, pixels.")] = None,
-    overlap_ratio: Annotated[float | None, typer.Option(help="Least overlap, part of the largest.")] = None,
-    saturation: Annotated[float | None, typer.Option(help="Pixel value at which the detector saturates.")] = None,
-    subpixel: Annotated[bool | None, typer.Option(help="Refine to fractions of a pixel (default).")] = None,
-    weights: Annotated[str | None, typer.Option(help="counts (inverse variance) or uniform.")] = None,
-    interpolation: Annotated[str | None, typer.Option(help="nearest, linear, cubic or lanczos.")] = None,
-    fill: Annotated[float | None, typer.Option(help="Value of pixels nothing was observed for.")] = None,
-    missing_chunks: Annotated[str | None, typer.Option(help="report, or fill as Zarr does.")] = None,
-    unit_frames: Annotated[int | None, typer.Option(help="Frames of a unit (an output shard).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Local worker processes; 0: work in this one.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Address or file of a running dask scheduler.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Memory per worker, GiB.")] = None,
+    settings: "Settings",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Frames are still being written: take them as they come.")
+    ] = False,
 ) -> None:
     """Register and align frames; give the same command again to go on after any stop."""
-    flags = _given({name: value for name, value in locals().items() if name != "settings"})
     from stillframe.batch import run as run_batch
-    from stillframe.settings import make_settings, read_toml
 
-    result = run_batch(make_settings((read_toml(settings) if settings else {}) | flags))
+    result = run_batch(settings, follow=follow, stop=_stopping)
     _tell(result)
     if result.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command()
+@told
+@with_settings
+def plan(
+    settings: "Settings",
+    pilot: Annotated[int | None, typer.Option(min=0, help="Units to try; 0: none, and no time is told.")] = None,
+) -> None:
+    """Tell what a run is going to take, and whether it fits, without touching its folder."""
+    from stillframe.forecast import forecast
+    from stillframe.progress import print_forecast
+
+    if not print_forecast(forecast(settings, pilot=pilot, stop=_stopping), settings.out, out):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+@app.command()
+@told
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Do again what is broken, and nothing else.")] = False,
+) -> None:
+    """Compare every byte of a run's folder with what was recorded of it."""
+    from stillframe.batch import run as run_batch
+    from stillframe.progress import Meter, progress_bar
+    from stillframe.verify import in_words, known_plan
+    from stillframe.verify import repair as repair_folder
+    from stillframe.verify import verify as verify_folder
+
+    with progress_bar() as bar:
+        found = verify_folder(folder, Meter(bar, "verify", known_plan(folder).frames, 0).add)
+    for words in in_words(found.findings):
+        out.print(words, markup=False)
+    if not found.findings:
+        out.print(f"All is well: {found.plan.frames} frames in {len(found.plan.units)} units, {found.files} files.")
+        return
+    if not repair:
+        out.print("To do again what is broken, and nothing else: stillframe verify --repair " + str(folder))
+        raise typer.Exit(EXIT_PROBLEMS)
+    result = repair_folder(found, lambda settings: run_batch(settings, stop=_stopping))
+    _tell(result)
+    if result.problems or verify_folder(folder).findings:
         raise typer.Exit(EXIT_PROBLEMS)
 
 

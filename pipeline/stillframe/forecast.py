@@ -1,0 +1,132 @@
+"""What a run is going to take: memory, tasks, bytes, disk and, from a pilot of a few units, time."""
+
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stillframe.batch import run_once
+from stillframe.clusters import Executor, executor, process_memory, unit_budget
+from stillframe.frames import FrameSource, open_source
+from stillframe.prepare import check_folder, prepare_plan, prepare_reference
+from stillframe.records import Ledger, UnitRecord
+from stillframe.reference import Reference
+from stillframe.resample import check_fill, output_dtype
+from stillframe.settings import Settings
+from stillframe.units import Plan, unit_memory
+
+_MOST = 8
+"""Units of a pilot, at most, where no number is given."""
+_SPARE = 1.1
+"""Disk to have, as a part of what is expected."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is going to take, beyond what is finished already."""
+
+    plan: Plan
+    """The units."""
+    left: int
+    """Units that are not finished."""
+    workers: int
+    """Units that are worked on at a time."""
+    memory: int
+    """Bytes that each worker takes at most."""
+    allowed: int
+    """Bytes that each worker has."""
+    reading: int
+    """Bytes of pixels that are read, decoded."""
+    disk: int
+    """Bytes that the aligned frames still need: as the pilot's, or at most."""
+    free: int
+    """Bytes that are free where they go."""
+    pilot: int
+    """Units that were tried."""
+    seconds: float | None
+    """Time that it takes, from the pilot."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.disk * _SPARE <= self.free
+
+
+def forecast(settings: Settings, *, pilot: int | None = None, stop: threading.Event | None = None) -> Forecast:
+    """Predict what a run is going to take, without touching its folder.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the run.
+    pilot : int, optional
+        Units to try, from the first on, in a folder of their own beside the run's, which is removed at the end;
+        0 for none. By default one for each worker, but 2 to 8.
+    stop : threading.Event, optional
+        Set from elsewhere, it ends this as Ctrl-C does.
+
+    Returns
+    -------
+    Forecast
+        With ``fits`` telling whether the disk has room.
+
+    Raises
+    ------
+    ValueError
+        A unit does not fit the workers' memory, or what :func:`stillframe.run` would refuse.
+    """
+    check_folder(settings)
+    source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
+    reference, _ = prepare_reference(settings, source)
+    check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
+    with executor(settings, None, stop or threading.Event()) as workers:
+        plan = prepare_plan(settings, source, unit_budget(workers))
+        count = min(max(2, workers.workers), _MOST) if pilot is None else pilot
+        tried = _try(settings, source, reference, plan, workers, count) if count else []
+        return _sum_up(settings, source, plan, workers, tried)
+
+
+def _try(
+    settings: Settings, source: FrameSource, reference: Reference, plan: Plan, workers: Executor, count: int
+) -> Sequence[UnitRecord]:
+    """Do the first units for real, in a folder of their own on the same file system; return all their records."""
+    frames = min(count * plan.unit_frames, plan.frames)
+    with tempfile.TemporaryDirectory(prefix=".stillframe-plan-", dir=_home(settings.out)) as folder:
+        aside = settings.model_copy(update={"out": Path(folder)})
+        part, few = replace(source, limit=frames), replace(plan, frames=frames)
+        run_once(part, few, aside, reference, None, workers)
+        ledger = Ledger(Path(folder))
+        return [*ledger.records("register"), *ledger.records("align")]
+
+
+def _home(out: Path) -> Path:
+    """Return the folder nearest to the results that is there already."""
+    return next(folder for folder in (out, *out.parents) if folder.is_dir())
+
+
+def _sum_up(
+    settings: Settings, source: FrameSource, plan: Plan, workers: Executor, tried: Sequence[UnitRecord]
+) -> Forecast:
+    itemsize = output_dtype(source.dtype, settings.interpolation).itemsize
+    done = sum(bool(record.files) for record in Ledger(settings.out).records("align"))
+    left = max(0, len(plan.units) - done)
+    frames = min(plan.frames, left * plan.unit_frames)
+    most = frames * math.prod(source.shape[1:]) * itemsize
+    units = len({record.unit for record in tried})
+    written = sum(seal.size for record in tried for seal in record.files.values())
+    seconds = sum(record.seconds for record in tried)
+    return Forecast(
+        plan=plan,
+        left=left,
+        workers=workers.workers,
+        memory=process_memory(unit_memory(source.layout, plan.unit_frames, itemsize, settings.max_shift)),
+        allowed=workers.memory,
+        reading=frames * source.layout.frame_bytes * plan.decodes,
+        disk=round(written * left / units) if units else most,
+        free=shutil.disk_usage(_home(settings.out)).free,
+        pilot=units,
+        seconds=seconds / units * left / min(workers.workers, max(left, 1)) if units else None,
+    )
