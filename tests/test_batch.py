@@ -2,7 +2,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import xarray as xr
 
 import stillframe as sf
+from faulty import STORES, command, records, run_command, settings, stores
 from stillframe.batch import run
 from stillframe.clusters import _PROCESS_BYTES, _SHARE
 from stillframe.errors import LeaseError, RunStopped
@@ -25,21 +25,6 @@ from stillframe.store import draft_unit
 from stillframe.units import unit_memory
 from synthetic import contents, store_frames, windows
 
-STORES = ("shifts.zarr", "aligned.zarr", "reference.zarr")
-
-
-def settings(stored, out, **options):
-    fields = {"frames": stored[0], "mask": stored[1], "out": out, "workers": 0, "unit_frames": 4, "max_shift": 12}
-    return sf.Settings(**(fields | options))
-
-
-def stores(folder):
-    return {name: contents(folder / name) for name in STORES}
-
-
-def records(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.glob("units/*/*.json")}
-
 
 @pytest.fixture(scope="module")
 def undisturbed(stored, tmp_path_factory):
@@ -47,15 +32,6 @@ def undisturbed(stored, tmp_path_factory):
     result = run(settings(stored, out))
     assert not result.problems
     return out
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "stillframe", *map(str, arguments)]
-
-
-def run_command(stored, out, *more):
-    frames, mask = stored
-    return command("run", frames, "--mask", mask, "--out", out, "--unit-frames", 4, "--max-shift", 12, *more)
 
 
 def test_a_run_finds_the_drift(undisturbed, experiment):
@@ -146,42 +122,6 @@ def test_a_finished_run_is_not_done_again(stored, undisturbed, tmp_path):
     before = records(undisturbed), stores(undisturbed)
     run(settings(stored, undisturbed))
     assert (records(undisturbed), stores(undisturbed)) == before
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(stored, undisturbed, tmp_path):
-    """Kill the driver and all its workers after ever more records; nothing that was finished is done again."""
-    out = tmp_path / "run"
-    for wanted in (1, 4, 7, 10):
-        process = subprocess.Popen(run_command(stored, out, "--workers", 1), start_new_session=True)
-        deadline = time.monotonic() + 60
-        while len(records(out)) < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kept = records(out)
-        assert len(kept) >= wanted
-    run(settings(stored, out))
-    assert stores(out) == stores(undisturbed)
-    assert kept.items() <= records(out).items()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_cleanly_and_says_how_to_go_on(number, stored, undisturbed, tmp_path):
-    """As from a terminal, the whole process group gets the signal."""
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        run_command(stored, out, "--workers", 1), start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    while not records(out) and process.poll() is None:
-        time.sleep(0.002)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "What is finished is kept: give the same command again to go on." in words
-    assert "Traceback" not in words
-    assert not (out / "lease.json").exists()
-    run(settings(stored, out))
-    assert stores(out) == stores(undisturbed)
 
 
 def test_another_interpolation_redoes_only_the_alignment(stored, tmp_path):
@@ -281,35 +221,6 @@ def test_each_unit_is_read_once(stored, undisturbed, tmp_path, monkeypatch):
     run(settings(stored, tmp_path / "run", interpolation="linear"))
     assert sorted(seen) == list(range(6))
     assert stores(tmp_path / "run")["shifts.zarr"] == stores(undisturbed)["shifts.zarr"]
-
-
-def test_a_lost_scheduler_stops_the_run_in_words(stored, undisturbed, tmp_path):
-    file, out = tmp_path / "scheduler.json", tmp_path / "run"
-    python = [sys.executable, "-m"]
-    scheduler = subprocess.Popen(
-        [*python, "distributed.cli.dask_scheduler", "--scheduler-file", str(file), "--no-dashboard", "--port", "0"]
-    )
-    worker = subprocess.Popen(
-        [*python, "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "1"]
-    )
-    try:
-        while not file.exists():
-            time.sleep(0.05)
-        driver = subprocess.Popen(run_command(stored, out, "--scheduler", file), stderr=subprocess.PIPE, text=True)
-        while not records(out) and driver.poll() is None:
-            time.sleep(0.002)
-        scheduler.kill()
-        _, words = driver.communicate(timeout=120)
-    finally:
-        for process in (scheduler, worker):
-            process.kill()
-            process.wait()
-    assert driver.returncode == 2
-    assert "the dask scheduler is gone" in words
-    assert "give the same command" in words
-    assert not (out / "lease.json").exists()
-    run(settings(stored, out))
-    assert stores(out) == stores(undisturbed)
 
 
 def test_status_counts_only_what_holds(stored, tmp_path):

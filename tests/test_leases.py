@@ -77,6 +77,12 @@ class TestLease:
         assert got == [False, False, False, True]
 
 
+def test_a_lease_that_this_process_could_not_remove_is_void(tmp_path):
+    put(tmp_path)
+    with lease(tmp_path) as mine:
+        assert mine.holds()
+
+
 class TestClaim:
     def test_lets_its_holder_write_and_nobody_else(self, tmp_path):
         with lease(tmp_path) as mine:

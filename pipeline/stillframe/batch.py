@@ -8,6 +8,7 @@ and only while its lease holds.
 """
 
 import contextlib
+import errno
 import itertools
 import shutil
 import threading
@@ -134,7 +135,7 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
     (4, [])
     """
     stop = stop or threading.Event()
-    with _stopped_in_words():
+    with _stopped_in_words(settings.out):
         check_folder(settings)
         whole = open_source(settings.frames, missing_chunks=settings.missing_chunks)
         sources = growing(settings, stop) if follow else iter([whole])
@@ -184,15 +185,15 @@ def _rounds(settings: Settings, sources: Iterator[FrameSource], budget: int) -> 
 
 
 @contextlib.contextmanager
-def _stopped_in_words() -> Iterator[None]:
+def _stopped_in_words(out: Path) -> Iterator[None]:
     """Say what every further step would meet too, and what to do about it."""
     try:
         yield
     except OSError as error:
-        if not hopeless(error):
+        if not hopeless(error) and error.errno != errno.EIO:
             raise
         raise RunStopped(
-            f"{error.strerror} ({error.filename}). Nothing further can be done; what is finished is kept. "
+            f"{error.strerror} ({error.filename or out}). Nothing further can be done; what is finished is kept. "
             "Make room, give permission or bring it back there, then run the same command again."
         ) from error
 
@@ -306,7 +307,10 @@ class _Run:
         return [(unit, self._marker.register(unit)) for unit in self.plan.units]
 
     def _to_align(self, moves: Moves) -> Work:
-        parts = ((unit, moves[unit.start : unit.stop]) for unit in self.plan.units)
+        """Return the units that were registered; what could not be is not aligned either."""
+        registered = {record.unit for record in self._ledger.records("register") if record.matches}
+        units = (unit for unit in self.plan.units if unit.number in registered)
+        parts = ((unit, moves[unit.start : unit.stop]) for unit in units)
         return [(unit, self._marker.align(unit, mine), mine) for unit, mine in parts]
 
     def _todo(self, stage: Stage, items: Work) -> Work:
@@ -338,6 +342,7 @@ class _Run:
         if not isinstance(outcome, UnitRecord):
             with self.held.writing():
                 self._ledger.failed(stage, unit, problems[0])
+            log.info("where it failed:", exc_info=outcome)
         for problem in problems:
             warn(problem)
         return problems

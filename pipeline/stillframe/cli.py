@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import os
 import signal
 import threading
@@ -34,11 +35,13 @@ P = ParamSpec("P")
 
 def main() -> None:
     """Run the command line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    logging.lastResort = None  # what libraries say is in the run's log
+    for number in _SIGNALS:
         signal.signal(number, _stop)
     app()
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _stopping = threading.Event()
 """Set by the first Ctrl-C or SIGTERM: an exception alone is lost where it happens to meet a destructor."""
 
@@ -60,6 +63,8 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # all is said and done: another one must not look like a crash
             err.print(_STOPPED)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from stillframe.errors import RunStopped, hopeless
 from stillframe.settings import Settings
 
 log = logging.getLogger("stillframe")
+_DASK_LOGS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
 
 Item = TypeVar("Item")
 
@@ -162,18 +163,23 @@ class OnCluster:
         tasks: dict[Any, Item] = {}
         done = as_completed()
 
-        def submit(count: int) -> None:
-            for attempt in itertools.islice(waiting, count):
+        def submit(some: Iterable[Try[Item]]) -> None:
+            for attempt in some:
                 future = self._submit(work, attempt, retries=0 if alone else 1)
                 tasks[future] = attempt.item
                 done.add(future)
 
-        submit(1 if alone else (1 + _QUEUED) * max(1, sum(self.client.nthreads().values())))
+        count = 1 if alone else (1 + _QUEUED) * max(1, sum(self.client.nthreads().values()))
+        submit(itertools.islice(waiting, count))
         try:
             while tasks:
                 future = self._next(done)
-                yield tasks.pop(future), _outcome(future)
-                submit(1)
+                item, outcome = tasks.pop(future), _outcome(future)
+                if outcome is _FORGOTTEN:
+                    submit([Try(item)])
+                    continue
+                yield item, outcome
+                submit(itertools.islice(waiting, 1))
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel(list(tasks))
@@ -208,15 +214,24 @@ class OnCluster:
         return _WITHOUT_WORKERS
 
 
+_FORGOTTEN = object()
+"""What is left of a result whose worker died before it was fetched: the work is durable, and its record is there."""
+
+
 def _outcome(future: Any) -> Any:
     """Return what a task returned or raised; a task that was lost with its scheduler stops the run."""
-    if future.status == "error":
+    status = future.status
+    if status == "error":
         return future.exception()
-    if future.status != "finished":
-        raise _lost(future.status)
+    if status == "lost":
+        return _FORGOTTEN
+    if status != "finished":
+        raise _lost(status)
     try:
         return future.result()
     except Exception as error:  # the task raised nothing, so that its result could not be fetched
+        if future.status in ("lost", "pending", "finished") and future.client.status == "running":
+            return _FORGOTTEN
         raise _lost(error) from error
 
 
@@ -239,13 +254,38 @@ def executor(settings: Settings, client: Any, stop: threading.Event) -> Iterator
     if client is not None:
         yield _on(client, settings, stop)
     elif settings.scheduler:
-        with _connect(settings.scheduler) as remote:
+        with _logs_aside(), _connect(settings.scheduler) as remote:
             yield _on(remote, settings, stop)
     elif settings.workers == 0:
         yield InProcess(_per_worker(settings, 1), stop)
     else:
-        with _local(settings) as local:
+        with _logs_aside(), _local(settings) as local:
             yield _on(local, settings, stop)
+
+
+@contextlib.contextmanager
+def _logs_aside() -> Iterator[None]:
+    """Let what dask says of workers that come and go be read in the run's log, and not between people's own lines."""
+    import distributed  # noqa: F401  it sets up its logs when it is imported
+
+    loggers = [logging.getLogger(name) for name in _DASK_LOGS]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [_Forward(logging.WARNING)], False
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+class _Forward(logging.Handler):
+    """Hands on to this package's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it as one's own, if it is going to be kept."""
+        if log.handlers:
+            log.log(record.levelno, "%s: %s", record.name, record.getMessage())
 
 
 def cores() -> int:
@@ -292,7 +332,7 @@ def _local(settings: Settings) -> Iterator[Any]:
             memory_limit=_per_worker(settings, workers),
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,
         )
     with cluster, Client(cluster) as client:
         yield client

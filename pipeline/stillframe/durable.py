@@ -60,6 +60,10 @@ def write_draft(path: Path, content: bytes | memoryview) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        # What writes tell of a full disk names no file.
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -33,6 +33,8 @@ PATIENCE = 60.0
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 """What a file system without locks says; a look at the lease is all there is on it."""
 _POLL = 0.05
+_held: set[str] = set()
+"""Tokens of the leases that this process holds: one that it could not remove is void, though the process lives."""
 
 
 class Holder(pydantic.BaseModel):
@@ -62,6 +64,8 @@ class Holder(pydantic.BaseModel):
         """Tell whether it still drives, after so many seconds without a sign of life."""
         if self.host != socket.gethostname():
             return silent <= STALE
+        if self.pid == os.getpid():
+            return self.token in _held
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.born) < 2)
         except psutil.NoSuchProcess:
@@ -174,6 +178,7 @@ def lease(folder: Path) -> Iterator[Lease]:
     me = Holder.me()
     mine = Lease(folder, me.token)
     _take(folder, me)
+    _held.add(me.token)
     stop = threading.Event()
     beat = threading.Thread(target=mine.keep, args=(stop,), name="stillframe-lease", daemon=True)
     beat.start()
@@ -183,6 +188,7 @@ def lease(folder: Path) -> Iterator[Lease]:
         stop.set()
         beat.join()
         mine.give_back()
+        _held.discard(me.token)
 
 
 def _take(folder: Path, me: Holder) -> None:

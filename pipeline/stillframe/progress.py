@@ -30,6 +30,7 @@ LOG_EVERY = 10.0
 """Seconds between two lines of progress in the log."""
 
 log = logging.getLogger("stillframe")
+log.addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ class Ledger:
 
 def fits(record: UnitRecord, unit: Unit, mark: Mark) -> bool:
     """Tell whether a record is of the same frames, made from the same."""
-    same = record.fingerprint == mark.fingerprint or (record.format == 1 and record.fingerprint == mark.older)
+    same = record.fingerprint == mark.fingerprint or (record.format == 1 and record.fingerprint == mark.older != "")
     return same and (record.start, record.stop) == (unit.start, unit.stop)
 
 

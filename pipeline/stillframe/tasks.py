@@ -124,6 +124,8 @@ class AlignUnit:
     def __call__(self, work: tuple[Unit, Mark, Moves]) -> UnitRecord:
         """Align one unit durably and return its record."""
         unit, mark, moves = work
+        if known := self.job.ledger.finished("align", unit, mark):
+            return known
         self.job.reference.load()  # what it takes for a while is free again before the frames are read
         return self.record(unit, mark, moves, self.job.read(unit, mark))
 
@@ -157,10 +159,15 @@ class BothStages:
     def __call__(self, work: tuple[Unit, Mark]) -> UnitRecord:
         """Register and align one unit durably and return the record of the first stage.
 
-        What keeps the second from being finished is left to it, except what every other unit would meet too.
+        What keeps the second from being finished is left to it, except what every other unit would meet too. A unit
+        that is finished by now, by a worker that could not say so any more, is not done again.
         """
         unit, mark = work
         job = self.register.job
+        if known := job.ledger.finished("register", unit, mark):
+            moves = moves_of(known)
+            if job.ledger.finished("align", unit, self.align.mark(mark, moves)):
+                return known
         job.reference.load()  # what it takes for a while is free again before the frames are read
         began = time.perf_counter()
         reading = job.read(unit, mark)
