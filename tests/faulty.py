@@ -18,6 +18,7 @@ from synthetic import contents
 STORES = ("shifts.zarr", "aligned.zarr", "reference.zarr")
 SMALL = {"unit_frames": 4, "max_shift": 12, "reference_iterations": 0}
 PATIENCE = 120
+LONG = os.environ.get("STILLFRAME_FAULTS") == "long"
 
 
 def settings(stored, out, **options):

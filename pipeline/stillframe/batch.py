@@ -405,9 +405,9 @@ class _Run:
 
 def _sealed_files(folder: Path) -> list[Path]:
     """Return the files of a finished run that neither a record nor a checksum of their own speaks of."""
-    single = (folder / name for name in ("settings.toml", "shifts.png"))
+    single = (folder / name for name in ("settings.toml", "reference.json", "shifts.png"))
     stores = (folder / name for name in ("reference.zarr", "shifts.zarr", "aligned.zarr"))
-    return [*single, *(file for store in stores for file in store_files(store))]
+    return [*(file for file in single if file.exists()), *(file for store in stores for file in store_files(store))]
 
 
 def _failure(stage: Stage, unit: Unit, error: BaseException) -> str:

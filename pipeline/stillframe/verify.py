@@ -240,9 +240,9 @@ class _Look:
     def _values(self) -> Iterator[Finding]:
         records = self.ledger.records("register")
         try:
-            with xr.open_zarr(self.folder / "shifts.zarr", chunks=None) as shifts:
+            with xr.open_zarr(self.folder / "shifts.zarr", chunks=None, consolidated=False) as shifts:
                 found = shifts["shift"].values
-            with xr.open_zarr(self.folder / "aligned.zarr", chunks=None) as aligned:
+            with xr.open_zarr(self.folder / "aligned.zarr", chunks=None, consolidated=False) as aligned:
                 complete, missing = aligned.attrs.get("complete"), aligned.attrs.get("missing")
         except Exception as error:  # whatever damaged metadata and chunks make Zarr raise
             yield Finding(f"a store cannot be read: {type(error).__name__}: {error}")

@@ -1,11 +1,11 @@
 """Faults, tried for real. ``STILLFRAME_FAULTS=long`` tries more of each, as told in CONTRIBUTING.md."""
 
-import os
 from collections import defaultdict
 
 import pytest
 
-LONG = os.environ.get("STILLFRAME_FAULTS") == "long"
+from faulty import LONG
+
 _TRIED = defaultdict(int)
 
 

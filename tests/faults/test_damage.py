@@ -1,0 +1,165 @@
+"""Flipped bytes and files cut short, in every kind of file of a finished run: found, repaired, never silently used."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from faulty import chances, command, finish, records, stores
+from stillframe.batch import run
+from stillframe.store import load_reference, write_dataset
+from stillframe.verify import repair, verify
+
+KINDS = {
+    "shard": "aligned.zarr/frames/c/*/*/*",
+    "register record": "units/register/*.json",
+    "align record": "units/align/*.json",
+    "reference pixels": "reference.zarr/*/c/*/*",
+    "reference metadata": "reference.zarr/**/zarr.json",
+    "origin of the reference": "reference.json",
+    "settings": "settings.toml",
+    "plan": "plan.json",
+    "seals": "seals.json",
+    "shifts": "shifts.zarr/**/*",
+    "aligned metadata": "aligned.zarr/**/zarr.json",
+    "aligned coordinates": "aligned.zarr/[!f]*/c/*",
+    "picture": "shifts.png",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(stored, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(stored, out)
+    return out
+
+
+def flip(content, chance):
+    place = chance.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+
+
+def cut(content, chance):
+    return content[: chance.randrange(len(content))]
+
+
+def vanish(content, chance):
+    return None
+
+
+HARM = {"flipped": flip, "cut short": cut, "removed": vanish}
+
+
+def harm(file, how, chance):
+    content = HARM[how](file.read_bytes(), chance)
+    file.write_bytes(content) if content is not None else file.unlink()
+
+
+def files_of(folder, kind):
+    return sorted(file for file in folder.glob(KINDS[kind]) if file.is_file())
+
+
+@pytest.mark.parametrize("how", HARM)
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_found_and_repaired(kind, how, whole, stored, tmp_path, many, tried):
+    chance = chances(kind + how)
+    for number in range(many(1, 20)):
+        out = tmp_path / str(number)
+        shutil.copytree(whole, out)
+        file = chance.choice(files_of(out, kind))
+        harm(file, how, chance)
+        found = verify(out)
+        assert found.findings, file
+        repair(found, run)
+        assert verify(out).findings == [], file
+        assert stores(out) == stores(whole), file
+        shutil.rmtree(out)
+        tried(f"{kind} {how}: found and repaired")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "shard"])
+def test_a_run_that_goes_on_uses_nothing_damaged(kind, whole, stored, tmp_path, many, tried):
+    """What is cheap to look at is looked at by every run; of shards, their sizes."""
+    chance = chances(kind)
+    for number in range(many(1, 60)):
+        out, how = tmp_path / str(number), chance.choice(list(HARM))
+        shutil.copytree(whole, out)
+        harm(chance.choice(files_of(out, kind)), how, chance)
+        finish(stored, out)
+        assert stores(out) == stores(whole), how
+        assert verify(out).findings == [], how
+        shutil.rmtree(out)
+        tried(f"{kind} damaged: not used by a run that goes on")
+
+
+@pytest.mark.parametrize("how", ["cut short", "removed"])
+def test_a_run_that_goes_on_writes_shards_of_another_size_again(how, whole, stored, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    harm(files_of(out, "shard")[2], how, chances(how))
+    finish(stored, out)
+    assert stores(out) == stores(whole)
+
+
+def test_what_is_damaged_is_named(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shard = files_of(out, "shard")[2]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    (out / "units" / "register" / "000001.json").write_bytes(b"{}")
+    seen = subprocess.run(command("verify", out), capture_output=True, text=True, check=False)
+    assert seen.returncode == 1
+    assert "aligned.zarr/frames/c/2/0/0 (frames 8–11) has" in seen.stdout
+    assert "frames 4–7: no record of the registration, or a damaged one" in seen.stdout
+    assert "stillframe verify --repair" in seen.stdout
+    mended = subprocess.run(command("verify", "--repair", out), capture_output=True, text=True, check=False)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    again = subprocess.run(command("verify", out), capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "All is well: 24 frames in 6 units" in again.stdout
+    assert stores(out) == stores(whole)
+
+
+def test_only_what_is_broken_is_done_again(whole, stored, tmp_path):
+    out = tmp_path / "run"
+    finish(stored, out)
+    before = records(out)
+    harm(files_of(out, "shard")[2], "flipped", chances(0))
+    repair(verify(out), run)
+    after = records(out)
+    assert {path.name for path in after if after[path] != before.get(path)} == {"000002.json"}
+    assert {path.parent.name for path in after if after[path] != before.get(path)} == {"align"}
+
+
+def test_a_value_that_was_changed_in_a_store_is_found(whole, stored, tmp_path):
+    """Not damage but a hand: a store that is whole, with other values in it."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    with xr.open_zarr(out / "shifts.zarr", chunks=None) as shifts:
+        changed = shifts.load()
+    changed["shift"][3, 0] += 0.1
+    shutil.rmtree(out / "shifts.zarr")
+    write_dataset(changed, out / "shifts.zarr")
+    assert any("does not hold the shifts of the records" in finding.what for finding in verify(out).findings)
+    assert np.isfinite(load_reference(out / "reference.zarr").image).all()
+
+
+def test_a_run_that_did_not_finish_says_so(stored, tmp_path, monkeypatch):
+    import stillframe.tasks
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stillframe.tasks, "draft_unit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish(stored, tmp_path / "run")
+    words = [finding.what for finding in verify(tmp_path / "run").findings]
+    assert "the last run did not finish: give the same 'stillframe run' command to go on" in words
+    assert "frames 20–23: no record of the alignment, or a damaged one" in words
+
+
+def test_what_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run that has begun"):
+        verify(tmp_path)
