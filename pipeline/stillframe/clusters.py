@@ -21,7 +21,7 @@ _DASK_LOGS = ("distributed", "distributed.client", "tornado", "tornado.applicati
 Item = TypeVar("Item")
 
 _PROCESS_BYTES = 350 * 2**20
-"""What a worker takes before it sees a frame: Python with its libraries."""
+"""What a worker takes before it sees a frame: Python with its libraries, and compiled code."""
 _SHARE = 0.7
 """Part of a worker's memory that units may fill, below where dask begins to spill and pause."""
 _WAIT_FOR_FILE = 60.0

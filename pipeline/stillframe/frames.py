@@ -428,9 +428,9 @@ def _read_image(file: Path, names: tuple[str, ...]) -> Any:
         return tifffile.imread(file)
     from PIL import Image
 
-    picture = Image.open(file)
-    # The pixels of a palette are indices, whose order means nothing.
-    return picture.convert("L") if picture.mode == "P" else picture
+    with Image.open(file) as picture:
+        # The pixels of a palette are indices, whose order means nothing.
+        return np.asarray(picture.convert("L") if picture.mode == "P" else picture)
 
 
 def load_mask(path: str | Path) -> npt.NDArray[np.bool_]:

@@ -12,8 +12,8 @@ TARGET_BYTES = 128 * 2**20
 NOMINAL_MEMORY = 3 * 2**30
 """What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
 _DECODED_AT_ONCE = 2
-_TRANSIENT = 80 * 2**20
-"""What does not depend on the size of frames: compiled code, buffers."""
+_TRANSIENT = 20 * 2**20
+"""What does not depend on the size of frames, beyond the bare process: buffers."""
 MOST_FRAMES = 32
 """Frames of a unit at most, unless the input's chunks hold more."""
 
@@ -100,9 +100,18 @@ def unit_memory(layout: Layout, frames: int, output_itemsize: int, max_shift: in
     pixels = math.prod(layout.shape)
     padded = (layout.shape[0] + 2 * max_shift) * (layout.shape[1] + 2 * max_shift)
     reading = frames * layout.frame_bytes + layout.decoding_bytes
-    # Integers shrink; the noise of floats does not.
-    writing = (2 if layout.itemsize < 4 else 3) * frames * pixels * output_itemsize
-    return _TRANSIENT + max(180 * pixels, 16 * pixels + 24 * padded + reading + writing)
+    writing = frames * pixels * (output_itemsize + encoded_itemsize(layout.itemsize, output_itemsize))
+    return _TRANSIENT + max(125 * pixels, 16 * pixels + 24 * padded + reading + round(writing))
+
+
+def encoded_itemsize(itemsize: int, output_itemsize: int) -> float:
+    """Return the bytes that the codec's results take at most, per pixel written.
+
+    Counts shrink to less than half, twice held; fractions of them to half; the noise of floats does not shrink.
+    """
+    if itemsize >= 4:
+        return 2 * output_itemsize
+    return output_itemsize if output_itemsize > itemsize else output_itemsize / 2
 
 
 def make_plan(

@@ -104,7 +104,7 @@ def test_power_loss(how, again, stored, tmp_path, many, tried, monkeypatch):
     options = SMALL | ({"interpolation": "linear"} if again else {})
     finish(stored, undisturbed, **options)
     chance, losses, steps = chances(how), [], []
-    every = many(24, 1)
+    every = many(24, 4)
 
     def crash(disk, before):
         steps.append(before)
@@ -134,7 +134,7 @@ def test_power_loss(how, again, stored, tmp_path, many, tried, monkeypatch):
         assert stores(target) == stores(undisturbed), before
         shutil.rmtree(target)
     tried(f"power loss, {how} of what was not durable is there", len(losses))
-    assert len(losses) > many(5, 100)
+    assert len(losses) > many(5, 40)
 
 
 class _Hook:
