@@ -1,5 +1,6 @@
 """What the tests of faults share: runs as processes, what they leave, and how to disturb them."""
 
+import contextlib
 import os
 import random
 import signal
@@ -61,7 +62,8 @@ class Started:
 
     def kill(self, *, group):
         """Kill it, alone or with all that it started; tell whether it was still at work."""
-        os.killpg(self.pid, signal.SIGKILL) if group else os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL) if group else os.kill(self.pid, signal.SIGKILL)
         return self.end()[0] != 0
 
 

@@ -3,6 +3,8 @@
 import multiprocessing
 import socket
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import stillframe.leases
 from stillframe.errors import LeaseError
@@ -53,3 +55,29 @@ def elsewhere():
     from stillframe.cli import main
 
     main()
+
+
+@dataclass(frozen=True)
+class Flaky:
+    """Work that fails some times on the first item; it keeps where it was tried."""
+
+    folder: Path
+    failures: int
+    error: Exception | None = None
+
+    def __call__(self, item):
+        file = self.folder / str(item)
+        with file.open("a") as stream:
+            stream.write(f"{_on_worker() or 'here'} ")
+        if item == 0 and len(file.read_text().split()) <= self.failures:
+            raise self.error or ValueError("not now")
+        return "done"
+
+
+def _on_worker():
+    from distributed import get_worker
+
+    try:
+        return get_worker().address
+    except ValueError:
+        return ""

@@ -48,7 +48,7 @@ def test_numeric_modules_load_nothing_heavy(module):
     assert not loaded_by(f"import stillframe.{module}") & HEAVY
 
 
-@pytest.mark.parametrize("module", ["frames", "records", "simulate", "store"])
+@pytest.mark.parametrize("module", ["durable", "frames", "leases", "plans", "records", "simulate", "store"])
 def test_storage_modules_load_no_cluster(module):
     assert not {"dask", "distributed"} & loaded_by(f"import stillframe.{module}")
 

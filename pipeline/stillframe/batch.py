@@ -33,7 +33,7 @@ from stillframe.leases import Lease, drafts_of, lease
 from stillframe.marks import Marker
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import in_words, outdated
+from stillframe.outdated import Outdated, in_words, outdated
 from stillframe.plans import Seals, write_plan
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.progress import Meter, log, log_to, progress_bar, warn
@@ -273,6 +273,7 @@ class _Run:
 
     def _begin(self) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
+        found = outdated(self._ledger, self.plan.units, self._marker)  # first, as it refuses what is newer
         (self._out / "seals.json").unlink(missing_ok=True)
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)
         self.held.drafts.mkdir(parents=True, exist_ok=True)
@@ -281,11 +282,10 @@ class _Run:
         write_plan(self._out, self.plan, self.settings.model_dump(mode="json", exclude_none=True))
         units = len(self.plan.units)
         log.info("%s: %d frames in %d units on %s", self.source.path, self.plan.frames, units, self.workers.name)
-        self._take_back()
+        self._take_back(found)
 
-    def _take_back(self) -> None:
+    def _take_back(self, found: Sequence[Outdated]) -> None:
         """Withdraw every record that no longer holds, and say why."""
-        found = outdated(self._ledger, self.plan.units, self._marker)
         for words, changed in in_words(found):
             (warn if changed else log.info)(words)
         for one in found:

@@ -1,5 +1,6 @@
 """Two drivers at once, a driver that wakes up after it was replaced, and a task that runs twice at once."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -74,11 +75,13 @@ def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp
         out = tmp_path / str(number)
         old = Started(elsewhere(run_command(stored, out, "--workers", workers)))
         wait_for_work(old, out, chance, 8)
-        os.killpg(old.pid, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(old.pid, signal.SIGSTOP)
         time.sleep(2.5)
         if old.poll() is None and (out / "lease.json").exists():
             finish(stored, out, max_shift=10, interpolation="linear")
-        os.killpg(old.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(old.pid, signal.SIGCONT)
         status, words = old.end()
         if status != 0:
             assert status == 2, words

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C, once and twice, in every stage: a clean stop, the right words, and the same command goes on."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -27,7 +28,8 @@ def undisturbed(stored, tmp_path_factory):
 
 def send(process, number):
     """As from a terminal, Ctrl-C reaches the whole process group; a batch system's SIGTERM the driver."""
-    os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])

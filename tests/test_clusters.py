@@ -1,0 +1,52 @@
+import threading
+
+import pytest
+
+from racers import Flaky
+from stillframe.clusters import InProcess, OnCluster, results
+
+
+@pytest.fixture(params=["here", "cluster"])
+def executor(request):
+    if request.param == "here":
+        return InProcess(2**30, threading.Event())
+    return OnCluster(request.getfixturevalue("client"), 2**30, threading.Event(), "2 workers", 2)
+
+
+def test_every_item_gets_its_result(executor):
+    assert sorted(results(executor, str, range(20))) == [(number, str(number)) for number in range(20)]
+
+
+def test_what_fails_is_tried_again_when_all_others_are_done(executor, tmp_path):
+    work = Flaky(tmp_path, failures=2 if isinstance(executor, OnCluster) else 1)
+    got = list(results(executor, work, [0, 1, 2, 3]))
+    assert dict(got) == {0: "done", 1: "done", 2: "done", 3: "done"}
+    assert got[-1][0] == 0
+
+
+def test_it_is_tried_elsewhere(client, tmp_path):
+    executor = OnCluster(client, 2**30, threading.Event(), "2 workers", 2)
+    assert dict(results(executor, Flaky(tmp_path, failures=2), [0])) == {0: "done"}
+    _, failed, last = (tmp_path / "0").read_text().split()
+    assert failed != last
+
+
+def test_what_fails_for_good_is_told_with_where(executor, tmp_path):
+    got = dict(results(executor, Flaky(tmp_path, failures=99), [0, 1]))
+    assert got[1] == "done"
+    assert isinstance(got[0], ValueError)
+    if isinstance(executor, OnCluster):
+        assert got[0].__notes__[0].startswith("on worker tcp://127.0.0.1:")
+
+
+def test_what_every_other_would_meet_too_is_told_at_once(executor, tmp_path):
+    work = Flaky(tmp_path, failures=99, error=PermissionError(13, "Permission denied", "file"))
+    outcome = next(outcome for item, outcome in results(executor, work, [0]) if item == 0)
+    assert isinstance(outcome, PermissionError)
+    assert len((tmp_path / "0").read_text().split()) <= 2
+
+
+def test_a_stop_from_elsewhere_ends_it(executor):
+    executor.stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        list(results(executor, str, range(1000)))
