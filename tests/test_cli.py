@@ -25,6 +25,7 @@ def test_simulate_then_what_it_says(tmp_path):
         assert shifts["shift"].shape == (6, 2)
 
 
+@pytest.mark.slow
 def test_the_demonstration_tells_the_truth(tmp_path):
     shown = stillframe("demo", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -92,6 +92,7 @@ def test_hot_spots_are_no_landmarks_when_masked(shift):
     assert np.rint(found(blind)).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_whole_run_recovers_every_roll(tmp_path, ewald, ewald_mask):
     rng = np.random.default_rng(0)
     rolls = rng.integers(-20, 21, size=(200, 2))

@@ -103,8 +103,8 @@ def _try(
 
 
 def _home(out: Path) -> Path:
-    """Return the folder nearest to the results that is there already."""
-    return next(folder for folder in (out, *out.parents) if folder.is_dir())
+    """Return the folder nearest to the run's own that is there already."""
+    return next(folder for folder in out.parents if folder.is_dir())
 
 
 def _sum_up(
