@@ -4,6 +4,7 @@ import pytest
 
 from racers import Flaky
 from stillframe.clusters import InProcess, OnCluster, results
+from stillframe.errors import RunStopped
 
 
 @pytest.fixture(params=["here", "cluster"])
@@ -50,3 +51,21 @@ def test_a_stop_from_elsewhere_ends_it(executor):
     executor.stop.set()
     with pytest.raises(KeyboardInterrupt):
         list(results(executor, str, range(1000)))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
+    from distributed import Client, LocalCluster
+
+    monkeypatch.setattr("stillframe.clusters._WITHOUT_WORKERS", 0.2)
+    stop = threading.Event()
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster) as client:
+        executor = OnCluster(client, 2**30, stop, "no worker", 1, own=own)
+        if own:
+            with pytest.raises(RunStopped, match="all worker processes ended"):
+                list(results(executor, str, [1]))
+            return
+        threading.Timer(1, stop.set).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(results(executor, str, [1]))
+    assert "no worker is connected: waiting" in capsys.readouterr().err

@@ -379,7 +379,8 @@ class _Run:
         )
         missing = [str(unit) for unit in self._holes()]
         template = aligned.to_dataset().assign(applied=applied)
-        create_aligned(template.assign_attrs(shifts.attrs, complete=False, missing=missing), self._out / "aligned.zarr")
+        template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
+        create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
     def _holes(self) -> list[Unit]:
         """Return the units whose aligned frames are not there."""

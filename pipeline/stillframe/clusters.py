@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from stillframe.errors import RunStopped, hopeless
+from stillframe.progress import warn
 from stillframe.settings import Settings
 
 log = logging.getLogger("stillframe")
@@ -152,6 +153,8 @@ class OnCluster:
     stop: threading.Event
     name: str
     workers: int
+    own: bool = False
+    """Whether its workers were started here, so that nobody else brings them back."""
 
     def once(
         self, work: Callable[[Item], Any], tries: Iterable[Try[Item]], *, alone: bool
@@ -208,10 +211,15 @@ class OnCluster:
 
     def _warn_of_no_workers(self) -> float:
         """Say so if nobody is there to do the work; return when to look again."""
-        if self.client.status == "running" and not self.client.nthreads():
-            log.warning("no worker is connected: waiting. Start workers; or stop this, which loses nothing")
-            return 10 * _WITHOUT_WORKERS
-        return _WITHOUT_WORKERS
+        if self.client.status != "running" or self.client.nthreads():
+            return _WITHOUT_WORKERS
+        if self.own:
+            raise RunStopped(
+                "all worker processes ended and do not come back; the run's log tells more. What is finished is kept: "
+                "give the same command again, with fewer --workers or more --memory if they ran out of it."
+            )
+        warn("no worker is connected: waiting. Start workers; or stop this, which loses nothing.")
+        return 10 * _WITHOUT_WORKERS
 
 
 _FORGOTTEN = object()
@@ -260,7 +268,7 @@ def executor(settings: Settings, client: Any, stop: threading.Event) -> Iterator
         yield InProcess(_per_worker(settings, 1), stop)
     else:
         with _logs_aside(), _local(settings) as local:
-            yield _on(local, settings, stop)
+            yield replace(_on(local, settings, stop), own=True)
 
 
 @contextlib.contextmanager

@@ -114,8 +114,10 @@ def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
     return partial
 
 
-def create_aligned(dataset: xr.Dataset, path: Path) -> None:
+def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> None:
     """Write all of the aligned store but the pixels, which stay where they are if they mean the same.
+
+    Shards beyond the given number of units are removed.
 
     File by file, the root last and marked incomplete before the first: whenever this is killed, no shard that counts
     is lost and nothing passes for finished.
@@ -129,6 +131,8 @@ def create_aligned(dataset: xr.Dataset, path: Path) -> None:
     if _layout(path) != _layout(partial):
         shutil.rmtree(path / "frames", ignore_errors=True)
     _replace_files(partial, path)
+    for strange in strange_shards(path, units):
+        shutil.rmtree(strange)
     shutil.rmtree(partial)
 
 
@@ -159,6 +163,13 @@ def store_files(path: Path) -> Iterator[Path]:
     """Yield every file of a store but the shards of frames, which records speak of."""
     shards = path / "frames" / "c"
     return (file for file in sorted(path.rglob("*")) if file.is_file() and shards not in file.parents)
+
+
+def strange_shards(store: Path, units: int) -> list[Path]:
+    """Return what lies among the shards of frames and belongs to none of so many units."""
+    shards = store / "frames" / "c"
+    known = {str(number) for number in range(units)}
+    return sorted(path for path in shards.glob("*") if path.name not in known)
 
 
 def _layout(store: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from stillframe.origin import read_origin
 from stillframe.plans import StoredPlan, read_plan, read_seals, read_stored_plan
 from stillframe.records import STAGES, Ledger, Stage, UnitRecord
 from stillframe.settings import Settings, make_settings, read_toml
-from stillframe.store import load_reference, store_files
+from stillframe.store import load_reference, store_files, strange_shards
 from stillframe.tasks import moves_of
 from stillframe.units import Plan, Unit
 
@@ -235,6 +235,8 @@ class _Look:
         for strange in (str(file.relative_to(self.folder)) for file in there):
             if strange not in seals.files:
                 yield Finding(f"{strange} was not written by the run")
+        for shard in strange_shards(self.folder / "aligned.zarr", len(self.plan.units)):
+            yield Finding(f"{shard.relative_to(self.folder)} belongs to no unit")
         yield from self._values()
 
     def _values(self) -> Iterator[Finding]:

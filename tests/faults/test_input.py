@@ -15,6 +15,7 @@ from faulty import Started, chances, finish, records, run_command, settings, sto
 from stillframe.batch import run
 from stillframe.flags import Flag
 from stillframe.scene import Experiment
+from stillframe.verify import verify
 from synthetic import store_frames
 
 EXPERIMENT = Experiment(frames=24, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=0, seed=6)
@@ -148,6 +149,8 @@ def test_a_stack_that_lost_frames_says_so(frames, mask, tmp_path, capfd):
     capfd.readouterr()
     finish((store, mask), out, reference="0")
     assert "there are fewer units now" in capfd.readouterr().err
+    assert verify(out).findings == []
+    assert sorted(path.name for path in (out / "aligned.zarr" / "frames" / "c").iterdir()) == ["0", "1", "2", "3"]
     with xr.open_zarr(out / "aligned.zarr") as aligned:
         assert aligned.sizes["frame"] == 16
 
