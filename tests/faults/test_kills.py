@@ -72,7 +72,7 @@ def assert_kept(before, out):
 def test_killed_drivers(group, scenario, stored, tmp_path, many, tried):
     """The workers of a driver that was killed alone live on for a while as zombies."""
     begin, options, undisturbed = scenario
-    chance, kills, wanted, number = chances(group), 0, many(3, 30), 0
+    chance, kills, wanted, number = chances(group), 0, many(3, 20), 0
     while kills < wanted:
         number += 1
         out, kept, alive = fresh(tmp_path / str(number), begin), {}, True
@@ -93,7 +93,7 @@ def test_killed_drivers(group, scenario, stored, tmp_path, many, tried):
 def test_killed_workers(every, scenario, stored, tmp_path, many, tried):
     """The run itself goes on; if it gives units up, the next one does just those."""
     begin, options, undisturbed = scenario
-    chance, kills, wanted, number = chances(every), 0, many(4, 40), 0
+    chance, kills, wanted, number = chances(every), 0, many(4, 28), 0
     while kills < wanted:
         number += 1
         out = fresh(tmp_path / str(number), begin)
@@ -115,7 +115,7 @@ def test_killed_workers(every, scenario, stored, tmp_path, many, tried):
 
 def test_killed_schedulers(scenario, stored, tmp_path, many, tried):
     begin, options, undisturbed = scenario
-    chance, kills, wanted, number = chances("scheduler"), 0, many(2, 20), 0
+    chance, kills, wanted, number = chances("scheduler"), 0, many(2, 10), 0
     while kills < wanted:
         number += 1
         out, kept, alive = fresh(tmp_path / str(number), begin), {}, True
