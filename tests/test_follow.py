@@ -21,11 +21,39 @@ def test_a_file_counts_when_two_looks_find_it_the_same(tmp_path):
     assert seen.complete_frames(FrameSource(store)) == 6
 
 
-def test_a_missing_file_ends_what_is_complete(tmp_path):
+def test_a_missing_file_ends_what_is_complete(tmp_path, capsys):
     store, seen = store_frames(tmp_path / "frames.zarr", FRAMES), _Seen()
     (store / "c" / "3" / "0" / "0").unlink()
     seen.complete_frames(FrameSource(store))
     assert seen.complete_frames(FrameSource(store)) == 3
+    assert capsys.readouterr().err.count("frame 3 of") == 1
+    filled = FrameSource(store, "fill")
+    seen.complete_frames(filled)
+    assert seen.complete_frames(filled) == 10
+
+
+def test_a_file_of_several_frames_counts_when_there_is_a_later_one(tmp_path):
+    """Written frame by frame, it stays the same for as long as the experiment takes for one."""
+    store = zarr.create_array(tmp_path / "frames.zarr", shape=(12, 16, 16), chunks=(4, 16, 16), dtype=np.uint16)
+    seen, source = _Seen(), FrameSource(tmp_path / "frames.zarr")
+    for frame in range(6):
+        store[frame] = FRAMES[frame] + 1
+        seen.complete_frames(source)
+        assert seen.complete_frames(source) == (4 if frame >= 4 else 0)
+
+
+def test_an_array_without_a_frame_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("stillframe.follow.LOOK_EVERY", 0.01)
+    store = zarr.create_array(tmp_path / "frames.zarr", shape=(0, 16, 16), chunks=(1, 16, 16), dtype=np.uint16)
+
+    def write():
+        for frame in FRAMES:
+            store.append(frame[None] + 1)
+        store.attrs["complete"] = True
+
+    threading.Timer(0.3, write).start()
+    sources = list(growing(Settings(frames=tmp_path / "frames.zarr", out=tmp_path / "run"), threading.Event()))
+    assert sources[-1].shape[0] == 10
 
 
 def test_a_shard_counts_when_it_is_full(tmp_path):

@@ -23,19 +23,19 @@ import numpy as np
 import xarray as xr
 
 from stillframe.clusters import Executor, executor, is_killed, results, unit_budget
-from stillframe.durable import write_durably
-from stillframe.errors import RunStopped, hopeless
+from stillframe.durable import make_folder, write_durably
+from stillframe.errors import NewerVersion, RunStopped, hopeless
 from stillframe.flags import Flag
 from stillframe.follow import growing
-from stillframe.frames import FrameSource, frame_coordinates, open_source
+from stillframe.frames import FrameSource, frame_coordinates
 from stillframe.lazy import align, lazy_frames
 from stillframe.leases import Lease, drafts_of, lease
-from stillframe.marks import Marker
+from stillframe.marks import Marker, marker_of
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import Outdated, in_words, outdated
-from stillframe.plans import Seals, write_plan
-from stillframe.prepare import check_folder, prepare_plan, prepare_reference
+from stillframe.outdated import Outdated, holds_aligned, in_words, outdated
+from stillframe.plans import Seals, is_sealed, write_plan
+from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
 from stillframe.progress import Meter, log, log_to, progress_bar, warn
 from stillframe.records import Ledger, Mark, Stage, UnitRecord
 from stillframe.reference import Reference
@@ -43,7 +43,6 @@ from stillframe.report import plot_shifts
 from stillframe.resample import check_fill, output_dtype
 from stillframe.settings import Settings
 from stillframe.store import (
-    ReferenceFile,
     create_aligned,
     load_reference,
     save_reference,
@@ -137,16 +136,17 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
     stop = stop or threading.Event()
     with _stopped_in_words(settings.out):
         check_folder(settings)
-        whole = open_source(settings.frames, missing_chunks=settings.missing_chunks)
-        sources = growing(settings, stop) if follow else iter([whole])
+        sources = growing(settings, stop) if follow else iter([open_source_of(settings)])
         first = next(sources)
         reference, origin = prepare_reference(settings, first)
-        check_fill(settings.fill, output_dtype(whole.dtype, settings.interpolation))
+        check_fill(settings.fill, output_dtype(first.dtype, settings.interpolation))
         with executor(settings, client, stop) as workers:
             rounds = _rounds(settings, itertools.chain([first], sources), unit_budget(workers))
-            now = next(rounds)
+            source, plan = next(rounds)
             with _driving(settings.out) as held:
-                for source, plan in itertools.chain([now], rounds):
+                result = _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+                for source, plan in rounds:
+                    reference, origin = prepare_reference(settings, source)
                     result = _Run(source, plan, settings, reference, origin, workers, held).all_stages()
         return result
 
@@ -154,7 +154,7 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
 @contextlib.contextmanager
 def _driving(folder: Path) -> Iterator[Lease]:
     """Be the one who writes into a folder, and keep a log there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with lease(folder) as held, log_to(folder / "run.log"):
         yield held
 
@@ -214,7 +214,6 @@ class _Run:
         """Register and align, publish the shifts, draw."""
         with self.held.writing():
             self._begin()
-            self._store_reference()
         to_register = self._to_register()
         if self._todo("register", to_register):
             self._make_ready()
@@ -229,17 +228,16 @@ class _Run:
             return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
 
     @cached_property
-    def _job(self) -> Job:
-        stored = ReferenceFile(self._out / "reference.zarr", self.reference.digest)
-        return Job(self.source, stored, self.held.claim(), self.settings.input_check == "contents")
-
-    @cached_property
-    def _align_unit(self) -> AlignUnit:
-        return AlignUnit(self._job, self.settings.interpolation, self._fill, self.plan.unit_frames)
-
-    @cached_property
     def _marker(self) -> Marker:
-        return Marker(self.reference, self.plan, self._align_unit)
+        return marker_of(self.settings, self.source, self.reference, self.plan, self.held.claim())
+
+    @property
+    def _align_unit(self) -> AlignUnit:
+        return self._marker.align_unit
+
+    @property
+    def _job(self) -> Job:
+        return self._align_unit.job
 
     def _make_ready(self) -> None:
         """Create the store of aligned frames while a worker or two compile what all of them will need.
@@ -263,19 +261,14 @@ class _Run:
     def _ledger(self) -> Ledger:
         return Ledger(self._out)
 
-    @property
-    def _dtype(self) -> np.dtype[Any]:
-        return output_dtype(self.source.dtype, self.settings.interpolation)
-
-    @property
-    def _fill(self) -> float:
-        return check_fill(self.settings.fill, self._dtype)
-
     def _begin(self) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
         found = outdated(self._ledger, self.plan.units, self._marker)  # first, as it refuses what is newer
+        self._store_reference()
         (self._out / "seals.json").unlink(missing_ok=True)
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)
+        for litter in self._out.glob(".*.json.*.partial"):
+            litter.unlink(missing_ok=True)
         self.held.drafts.mkdir(parents=True, exist_ok=True)
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._ledger.prepare()
@@ -286,20 +279,25 @@ class _Run:
 
     def _take_back(self, found: Sequence[Outdated]) -> None:
         """Withdraw every record that no longer holds, and say why."""
+        if self._marker.kept:
+            names = ", ".join(self._marker.kept[:3]) + ("…" if len(self._marker.kept) > 3 else "")
+            warn(f"input files are gone ({names}): what was made of them before is kept.")
         for words, changed in in_words(found):
             (warn if changed else log.info)(words)
         for one in found:
             self._ledger.withdraw(one.stage, one.unit)
 
     def _store_reference(self) -> None:
-        """Keep the stored reference if it is the same, so that a resumed run changes nothing."""
+        """Keep the stored reference if it is the same, byte for byte, so that a resumed run changes nothing."""
         path = self._out / "reference.zarr"
         try:
             known = load_reference(path).digest
-        except (ValueError, TypeError):
+        except NewerVersion:
+            raise
+        except ValueError:
             known = ""
-        if known != self.reference.digest:
-            save_reference(self.reference, path)
+        if known != self.reference.digest or not is_sealed(self._out, path):
+            save_reference(self.reference, path, mend=known == self.reference.digest)
         if self.origin:
             self.origin.write(self._out / "reference.json")
 
@@ -341,6 +339,7 @@ class _Run:
         problems = outcome.problems if isinstance(outcome, UnitRecord) else [_failure(stage, unit, outcome)]
         if not isinstance(outcome, UnitRecord):
             with self.held.writing():
+                self._ledger.withdraw("align", unit.number)
                 self._ledger.failed(stage, unit, problems[0])
             log.info("where it failed:", exc_info=outcome)
         for problem in problems:
@@ -383,9 +382,8 @@ class _Run:
         create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
     def _holes(self) -> list[Unit]:
-        """Return the units whose aligned frames are not there."""
-        records = {record.unit: record for record in self._ledger.records("align")}
-        return [unit for unit in self.plan.units if unit.number not in records or not records[unit.number].files]
+        """Return the units whose aligned frames are not there, or are those of another time."""
+        return [unit for unit in self.plan.units if not holds_aligned(self._ledger, unit, self._marker)]
 
     def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
         holes = self._holes()

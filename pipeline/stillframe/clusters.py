@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 import signal
 import threading
 import time
@@ -33,6 +34,12 @@ kernel must clear: half of what decoding it takes."""
 
 _POLL = 0.02
 """Seconds between two looks at what is done."""
+_DOUBTFUL = 8
+"""Failures without one success after which the fault is not taken to be the item's."""
+_LOSSES = 3
+"""How often a result may get lost before its item counts as failed."""
+_RECOUNT = 2.0
+"""Seconds between two counts of the workers."""
 _WITHOUT_WORKERS = 60.0
 """Seconds without a result after which to look whether there are workers."""
 
@@ -49,6 +56,8 @@ class Try(Generic[Item]):
     """What the work is given."""
     failed_on: str = ""
     """Address of the worker that failed on it before."""
+    lost: int = 0
+    """How often its result could not be fetched."""
 
 
 class Executor(Protocol):
@@ -80,16 +89,20 @@ def results(executor: Executor, work: Callable[[Item], Any], items: Iterable[Ite
     """Yield each item with its result, or with the exception it raised at last.
 
     What fails is tried again, elsewhere if it can be, when all others are done. An item whose worker died is then
-    tried alone, so that no other is blamed for it, and given up when it dies again.
+    tried alone, so that no other is blamed for it, and given up when it dies again. Where nothing succeeds, failures
+    are told at once after the first few.
     """
     again: list[Try[Item]] = []
     alone: list[Try[Item]] = []
+    good = 0
     for item, outcome in executor.once(work, map(Try, items), alone=False):
         if is_killed(outcome):
             alone.append(Try(item))
-        elif isinstance(outcome, Exception) and not hopeless(outcome):
+        elif isinstance(outcome, Exception) and not hopeless(outcome) and (good or len(again) < _DOUBTFUL):
+            log.warning("failed, to be tried again after the others: %s: %s", type(outcome).__name__, outcome)
             again.append(Try(item, _where(outcome)))
         else:
+            good += not isinstance(outcome, Exception)
             yield item, outcome
     for item, outcome in executor.once(work, again, alone=False):
         if is_killed(outcome):
@@ -163,26 +176,26 @@ class OnCluster:
         from distributed import as_completed
 
         waiting = iter(tries)
-        tasks: dict[Any, Item] = {}
+        tasks: dict[Any, Try[Item]] = {}
         done = as_completed()
+        room = _Room(self.client, alone)
 
         def submit(some: Iterable[Try[Item]]) -> None:
             for attempt in some:
                 future = self._submit(work, attempt, retries=0 if alone else 1)
-                tasks[future] = attempt.item
+                tasks[future] = attempt
                 done.add(future)
 
-        count = 1 if alone else (1 + _QUEUED) * max(1, sum(self.client.nthreads().values()))
-        submit(itertools.islice(waiting, count))
+        submit(itertools.islice(waiting, room.tasks()))
         try:
             while tasks:
                 future = self._next(done)
-                item, outcome = tasks.pop(future), _outcome(future)
-                if outcome is _FORGOTTEN:
-                    submit([Try(item)])
+                attempt, outcome = tasks.pop(future), _outcome(future)
+                if outcome is _FORGOTTEN and attempt.lost < _LOSSES:
+                    submit([replace(attempt, lost=attempt.lost + 1)])
                     continue
-                yield item, outcome
-                submit(itertools.islice(waiting, 1))
+                yield attempt.item, _NOT_FETCHED if outcome is _FORGOTTEN else outcome
+                submit(itertools.islice(waiting, max(0, room.tasks() - len(tasks))))
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel(list(tasks))
@@ -213,15 +226,45 @@ class OnCluster:
         """Say so if nobody is there to do the work; return when to look again."""
         if self.client.status != "running" or self.client.nthreads():
             return _WITHOUT_WORKERS
-        if self.own:
+        if self.own and not self._come_back():
             raise RunStopped(
                 "all worker processes ended and do not come back; the run's log tells more. What is finished is kept: "
                 "give the same command again, with fewer --workers or more --memory if they ran out of it."
             )
-        warn("no worker is connected: waiting. Start workers; or stop this, which loses nothing.")
+        if not self.own:
+            warn("no worker is connected: waiting. Start workers; or stop this, which loses nothing.")
         return 10 * _WITHOUT_WORKERS
 
+    def _come_back(self) -> bool:
+        """Give workers that are just being started again a while."""
+        until = time.monotonic() + _WITHOUT_WORKERS
+        while not self.client.nthreads() and time.monotonic() < until:
+            if self.stop.wait(_RECOUNT):
+                raise KeyboardInterrupt
+        return bool(self.client.nthreads())
 
+
+@dataclass
+class _Room:
+    """How many tasks may be under way: a few more than there are workers, who may come and go."""
+
+    client: Any
+    alone: bool
+    _counted: float = -math.inf
+    _tasks: int = 1
+
+    def tasks(self) -> int:
+        """Return how many, after a look at the workers now and then."""
+        if not self.alone and time.monotonic() - self._counted > _RECOUNT:
+            self._counted = time.monotonic()
+            self._tasks = (1 + _QUEUED) * max(1, sum(self.client.nthreads().values()))
+        return self._tasks
+
+
+_NOT_FETCHED = RuntimeError(
+    "its result could not be fetched from the worker, again and again: are the same versions of everything installed "
+    "there and here?"
+)
 _FORGOTTEN = object()
 """What is left of a result whose worker died before it was fetched: the work is durable, and its record is there."""
 

@@ -15,7 +15,7 @@ def hopeless(error: BaseException) -> bool:
     >>> hopeless(OSError(errno.ENOSPC, "No space left on device")), hopeless(ValueError())
     (True, False)
     """
-    if isinstance(error, (InputLost, LeaseError)):
+    if isinstance(error, (InputLost, OutputLost, LeaseError)):
         return True
     return isinstance(error, OSError) and error.errno in _HOPELESS | GONE
 
@@ -24,9 +24,17 @@ class LeaseError(RuntimeError):
     """Another driver works on this output."""
 
 
+class NewerVersion(ValueError):
+    """A newer version of this package wrote it."""
+
+
 class RunStopped(RuntimeError):
     """The run cannot go on now; what is finished is kept."""
 
 
 class InputLost(OSError):
     """The frames vanished as a whole while they were being read."""
+
+
+class OutputLost(OSError):
+    """The folder of the results vanished while it was being written."""

@@ -10,7 +10,11 @@ from pathlib import Path
 
 from stillframe.batch import run_once
 from stillframe.clusters import Executor, executor, process_memory, unit_budget
+from stillframe.errors import RunStopped
 from stillframe.frames import FrameSource, open_source
+from stillframe.leases import Claim
+from stillframe.marks import marker_of
+from stillframe.outdated import holds_aligned
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.records import Ledger, UnitRecord
 from stillframe.reference import Reference
@@ -77,6 +81,8 @@ def forecast(settings: Settings, *, pilot: int | None = None, stop: threading.Ev
     ------
     ValueError
         A unit does not fit the workers' memory, or what :func:`stillframe.run` would refuse.
+    RunStopped
+        Not one frame of the pilot got a shift.
     """
     check_folder(settings)
     source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
@@ -86,7 +92,7 @@ def forecast(settings: Settings, *, pilot: int | None = None, stop: threading.Ev
         plan = prepare_plan(settings, source, unit_budget(workers))
         count = min(max(2, workers.workers), _MOST) if pilot is None else pilot
         tried = _try(settings, source, reference, plan, workers, count) if count else []
-        return _sum_up(settings, source, plan, workers, tried)
+        return _sum_up(settings, source, plan, workers, tried, _left(settings, source, reference, plan))
 
 
 def _try(
@@ -97,9 +103,19 @@ def _try(
     with tempfile.TemporaryDirectory(prefix=".stillframe-plan-", dir=_home(settings.out)) as folder:
         aside = settings.model_copy(update={"out": Path(folder)})
         part, few = replace(source, limit=frames), replace(plan, frames=frames)
-        run_once(part, few, aside, reference, None, workers)
+        result = run_once(part, few, aside, reference, None, workers)
+        if not result.good:
+            raise RunStopped(f"the pilot of {few.frames} frames failed, and so would the run: {result.problems[0]}")
         ledger = Ledger(Path(folder))
         return [*ledger.records("register"), *ledger.records("align")]
+
+
+def _left(settings: Settings, source: FrameSource, reference: Reference, plan: Plan) -> int:
+    """Count the units that are not finished, or not with these settings."""
+    marker, ledger = marker_of(settings, source, reference, plan, Claim(settings.out, "")), Ledger(settings.out)
+    if not ledger.numbers("align"):
+        return len(plan.units)
+    return sum(not holds_aligned(ledger, unit, marker) for unit in plan.units)
 
 
 def _home(out: Path) -> Path:
@@ -108,11 +124,9 @@ def _home(out: Path) -> Path:
 
 
 def _sum_up(
-    settings: Settings, source: FrameSource, plan: Plan, workers: Executor, tried: Sequence[UnitRecord]
+    settings: Settings, source: FrameSource, plan: Plan, workers: Executor, tried: Sequence[UnitRecord], left: int
 ) -> Forecast:
     itemsize = output_dtype(source.dtype, settings.interpolation).itemsize
-    done = sum(bool(record.files) for record in Ledger(settings.out).records("align"))
-    left = max(0, len(plan.units) - done)
     frames = min(plan.frames, left * plan.unit_frames)
     most = frames * math.prod(source.shape[1:]) * itemsize
     units = len({record.unit for record in tried})

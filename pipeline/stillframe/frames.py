@@ -226,14 +226,14 @@ class FrameSource:
         """Name the missing files that matter; empty when there are none."""
         if self.missing_chunks == "fill":
             return ""
-        names = [str(file.relative_to(self.path)) for file in self.files(start, stop) if not file.exists()]
+        names = [str(file.relative_to(self.path)) for file in self.files(start, stop) if _look(file)[0] < 0]
         return f"chunk {', '.join(names[:3])}{'…' if len(names) > 3 else ''} is missing" if names else ""
 
 
 def _look(file: Path) -> tuple[int, int]:
     try:
         seen = file.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1, -1
     return seen.st_size, seen.st_mtime_ns
 
@@ -241,7 +241,7 @@ def _look(file: Path) -> tuple[int, int]:
 def _look_inside(file: Path) -> tuple[int, str]:
     try:
         seal = Seal.of(file)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1, ""
     return seal.size, seal.sha256
 
@@ -250,8 +250,10 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
-def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report") -> FrameSource:
+def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report", empty: bool = False) -> FrameSource:
     """Find the stack of frames at a path: a Zarr array, or a group with one three-dimensional array.
+
+    With ``empty``, there need not be a frame in it yet.
 
     Raises
     ------
@@ -270,7 +272,7 @@ def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report") -
         raise ValueError(
             f"{where} has shape {array.shape}, but frames are (frame, y, x). Store one stack of images in one array."
         )
-    if 0 in array.shape:
+    if 0 in array.shape[empty:]:
         raise ValueError(f"{where} has shape {array.shape}: there is nothing to register. Check how it was written.")
     require_real(np.dtype(array.dtype), f"{where}")
     _check_order(_dimension_names(array), where)

@@ -22,7 +22,7 @@ import psutil
 import pydantic
 
 from stillframe.durable import write_draft
-from stillframe.errors import LeaseError
+from stillframe.errors import LeaseError, OutputLost
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a lease."""
@@ -67,7 +67,9 @@ class Holder(pydantic.BaseModel):
         if self.pid == os.getpid():
             return self.token in _held
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.born) < 2)
+            process = psutil.Process(self.pid)
+            # One that was killed, and whose parent does not look, keeps its number.
+            return process.status() != psutil.STATUS_ZOMBIE and bool(abs(process.create_time() - self.born) < 2)
         except psutil.NoSuchProcess:
             return False
 
@@ -96,7 +98,7 @@ class Claim:
     """That of the lease."""
 
     def check(self) -> None:
-        """Raise ``LeaseError`` if another driver has taken over."""
+        """Raise ``LeaseError`` if another driver has taken over, ``OutputLost`` if there is no folder any more."""
         if not self.holds():
             raise LeaseError(
                 f"another driver took over {self.folder}, as this one had given no sign of life for {STALE:.0f} s. "
@@ -107,8 +109,12 @@ class Claim:
         """Tell whether the lease is still the one that was taken."""
         try:
             return Holder.model_validate_json(_lease_file(self.folder).read_bytes()).token == self.token
-        except (OSError, ValueError):
+        except ValueError:
             return False
+        except FileNotFoundError as error:
+            if self.folder.is_dir():
+                return False
+            raise _lost(self.folder) from error
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -140,8 +146,10 @@ class Lease(Claim):
 
     def keep(self, stop: threading.Event) -> None:
         """Give a sign of life every few seconds until told to stop."""
-        while not stop.wait(HEARTBEAT) and self.holds():
-            with contextlib.suppress(OSError):
+        held = True
+        while held and not stop.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # a file system that does not answer now may do so the next time
+                held = self.holds()
                 os.utime(_lease_file(self.folder))
 
     def claim(self) -> Claim:
@@ -150,7 +158,7 @@ class Lease(Claim):
 
     def give_back(self) -> None:
         """Remove it, if it is still one's own."""
-        with contextlib.suppress(OSError), _locked(self.folder, fcntl.LOCK_EX):
+        with contextlib.suppress(OSError, LeaseError), _locked(self.folder, fcntl.LOCK_EX):
             if self.holds():
                 _lease_file(self.folder).unlink(missing_ok=True)
 
@@ -208,9 +216,19 @@ def _take(folder: Path, me: Holder) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     """Hold the lock under which a lease is changed (exclusive) or relied upon (shared)."""
-    with (folder / ".lease.lock").open("a") as lock:
+    try:
+        lock = (folder / ".lease.lock").open(
+            "a+"
+        )  # NFS locks for reading what can be read, for writing what can be written
+    except FileNotFoundError as error:
+        raise _lost(folder) from error
+    with lock:
         _acquire(lock, kind, folder)
         yield
+
+
+def _lost(folder: Path) -> OutputLost:
+    return OutputLost(errno.ENOENT, "the folder of the results is gone", str(folder))
 
 
 def _acquire(lock: IO[str], kind: int, folder: Path) -> None:

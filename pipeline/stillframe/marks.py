@@ -2,21 +2,33 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from stillframe.durable import digest_of, fingerprint
 from stillframe.frames import FrameSource
+from stillframe.leases import Claim
 from stillframe.match import KERNEL_VERSION
-from stillframe.records import INPUT_FILES, MOST_INPUTS, Identity, Mark
+from stillframe.records import INPUT_FILES, MOST_INPUTS, Identity, Mark, fits
 from stillframe.reference import Reference
-from stillframe.tasks import AlignUnit, Moves
+from stillframe.resample import check_fill, output_dtype
+from stillframe.settings import Settings
+from stillframe.store import ReferenceFile
+from stillframe.tasks import AlignUnit, Job, Moves
 from stillframe.units import Plan, Unit
 
 _LOOKING = 8
 """Threads that look at input files: on a shared file system each look is a journey."""
 _SETTINGS = ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
+
+
+def marker_of(settings: Settings, source: FrameSource, reference: Reference, plan: Plan, claim: Claim) -> "Marker":
+    """Put together what units depend on, with the job that their tasks share."""
+    stored = ReferenceFile(claim.folder / "reference.zarr", reference.digest)
+    job = Job(source, stored, claim, settings.input_check == "contents")
+    fill = check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
+    return Marker(reference, plan, AlignUnit(job, settings.interpolation, fill, plan.unit_frames))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +41,8 @@ class Marker:
     """The units."""
     align_unit: AlignUnit
     """The second stage, with its settings."""
+    kept: list[str] = field(default_factory=list)
+    """Input files that vanished after what is finished was made of them."""
 
     @property
     def source(self) -> FrameSource:
@@ -37,7 +51,9 @@ class Marker:
 
     def register(self, unit: Unit) -> Mark:
         """Return what a unit's registration depends on."""
-        files = self._files[unit.number]
+        return self._registered(unit, self._files[unit.number])
+
+    def _registered(self, unit: Unit, files: Identity) -> Mark:
         facts = self._common | {INPUT_FILES: fingerprint({"files": files}), "frames": f"{unit.start}–{unit.stop - 1}"}
         older = fingerprint(self._older(unit, files))
         return Mark(facts, files if len(files) <= MOST_INPUTS else [], older)
@@ -75,7 +91,19 @@ class Marker:
         return self.source.description()
 
     def _identity(self, unit: Unit) -> Identity:
-        return self.source.identity(unit.start, unit.stop, contents=self.align_unit.job.contents)
+        """Look at a unit's files; those that vanished since they were registered are as they were then."""
+        job = self.align_unit.job
+        now = self.source.identity(unit.start, unit.stop, contents=job.contents)
+        lost = [name for name, size, _ in now if size < 0]
+        record = job.ledger.read("register", unit.number) if lost else None
+        if record is None or record.problems:
+            return now
+        before = {name: (name, size, rest) for name, size, rest in record.inputs}
+        merged = [before.get(name, (name, size, rest)) if size < 0 else (name, size, rest) for name, size, rest in now]
+        if not fits(record, unit, self._registered(unit, merged)):
+            return now
+        self.kept.extend(lost)
+        return merged
 
     def _older(self, unit: Unit, files: Identity) -> dict[str, Any]:
         """Return what records of format 1 hashed."""

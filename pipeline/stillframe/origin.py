@@ -33,10 +33,12 @@ class Origin(pydantic.BaseModel):
     """Hash of the reference that was made."""
 
     @classmethod
-    def of(cls, source: FrameSource, indices: Sequence[int], settings: Mapping[str, Any]) -> "Origin":
+    def of(
+        cls, source: FrameSource, indices: Sequence[int], settings: Mapping[str, Any], *, contents: bool = False
+    ) -> "Origin":
         """Describe what a reference from these frames would be made from now."""
         common = {"kernel": KERNEL_VERSION, "array": source.meaning(), "missing": source.missing_chunks}
-        frames = {index: _token(source, index) for index in indices}
+        frames = {index: _token(source, index, contents) for index in indices}
         return cls(settings=fingerprint(common | dict(settings)), frames=frames)
 
     def without(self, lost: Iterable[int]) -> "Origin":
@@ -81,8 +83,8 @@ def read_origin(path: Path) -> Origin | None:
     return origin if sealed or origin.version == 1 else None
 
 
-def _token(source: FrameSource, index: int) -> str | None:
+def _token(source: FrameSource, index: int, contents: bool) -> str | None:
     """Fingerprint of the files of a frame; None where one that matters is missing."""
-    files = source.identity(index, index + 1)
+    files = source.identity(index, index + 1, contents=contents)
     lost = source.missing_chunks == "report" and any(size < 0 for _, size, _ in files)
     return None if lost else fingerprint({"files": files})

@@ -69,6 +69,21 @@ def _why(record: UnitRecord, unit: Unit, mark: Mark) -> tuple[str, bool]:
     return ", ".join(changes(record, mark)), True
 
 
+def holds_aligned(ledger: Ledger, unit: Unit, marker: Marker) -> bool:
+    """Tell whether a unit's aligned frames are there, as they would be made now."""
+    registered = _as_told(ledger, "register", unit, marker.register(unit))
+    if registered is None or registered.matches is None:
+        return False
+    mark = marker.align(unit, moves_of(registered))
+    return ledger.finished("align", unit, mark, registered.problems) is not None
+
+
+def _as_told(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark) -> UnitRecord | None:
+    """Return a record that holds, whatever could not be read."""
+    record = ledger.read(stage, unit.number)
+    return ledger.finished(stage, unit, mark, record.problems) if record else None
+
+
 def in_words(found: Sequence[Outdated]) -> Iterator[tuple[str, bool]]:
     """Tell what is out of date and why, one line a reason, and whether it was changed."""
 

@@ -13,6 +13,7 @@ from stillframe.records import Ledger, refuse_newer
 from stillframe.units import Plan
 
 PLAN_VERSION: Final = 2
+SEALS_VERSION: Final = 1
 
 
 class StoredPlan(pydantic.BaseModel):
@@ -81,7 +82,7 @@ class Seals(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[1] = SEALS_VERSION
     """Version of this format."""
     files: dict[str, Seal]
     """By name within the run's folder."""
@@ -97,9 +98,31 @@ class Seals(pydantic.BaseModel):
 
 
 def read_seals(folder: Path) -> Seals | None:
-    """Return what :meth:`Seals.write` kept, None where no run finished or they are damaged."""
+    """Return what :meth:`Seals.write` kept, None where no run finished or they are damaged.
+
+    Raises
+    ------
+    ValueError
+        They were written by a newer version of this package.
+    """
+    path = folder / "seals.json"
     try:
-        whole, sealed = without_checksum((folder / "seals.json").read_bytes())
-        return Seals.model_validate_json(whole) if sealed else None
-    except (OSError, ValueError):
+        content = path.read_bytes()
+        whole, sealed = without_checksum(content)
+        seals = Seals.model_validate_json(whole)
+    except OSError:
         return None
+    except ValueError:
+        refuse_newer(path, content, "version", SEALS_VERSION)
+        return None
+    return seals if sealed else None
+
+
+def is_sealed(folder: Path, store: Path) -> bool:
+    """Tell whether every file of a store in a run's folder is as it was sealed, with none missing and none more."""
+    seals = read_seals(folder)
+    if seals is None:
+        return False
+    known = {name: seal for name, seal in seals.files.items() if store in (folder / name).parents}
+    there = {str(file.relative_to(folder)) for file in store.rglob("*") if file.is_file()}
+    return there == known.keys() and all(Seal.of(folder / name) == seal for name, seal in known.items())

@@ -1,5 +1,6 @@
 """What a run needs before it starts, checked while nothing has been written yet."""
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,19 +14,20 @@ import numpy.typing as npt
 from stillframe.average import chosen_frames, frames_of_kind
 from stillframe.checks import as_mask
 from stillframe.durable import digest_of
-from stillframe.frames import FrameSource, Reading, frame_coordinates, load_image, load_mask
+from stillframe.errors import NewerVersion
+from stillframe.frames import FrameSource, Reading, frame_coordinates, load_image, load_mask, open_source
 from stillframe.iterate import build_reference
 from stillframe.leases import refuse_second
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
 from stillframe.noise import Noise, measure_noise
 from stillframe.origin import Origin, read_origin
-from stillframe.plans import StoredPlan, read_plan, read_stored_plan
+from stillframe.plans import StoredPlan, read_plan, read_seals, read_stored_plan
 from stillframe.progress import warn
 from stillframe.reference import Reference
 from stillframe.resample import output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
-from stillframe.store import load_reference
+from stillframe.store import load_reference, refuse_newer_store
 from stillframe.units import Plan, Unit, make_plan
 
 _ENDLESS = 2**40
@@ -49,6 +51,7 @@ def check_folder(settings: Settings) -> None:
         raise ValueError(f"{out} lies inside the frames {settings.frames}, which are only read. Choose another --out.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but a run needs a folder for its results. Choose another --out.")
+    _refuse_newer(out)
     plan = read_stored_plan(out)
     if plan or stored.exists():
         _same_run(_settings_of(plan, stored), settings)
@@ -70,12 +73,35 @@ def _own(name: str) -> bool:
     )
 
 
-def _settings_of(plan: StoredPlan | None, stored: Path) -> dict[str, Any]:
-    """Return the settings of the run in this folder; the copy that has a checksum goes before the one to be read."""
-    return plan.settings if plan and plan.settings else read_toml(stored)
+def _refuse_newer(out: Path) -> None:
+    """Raise ``NewerVersion`` if any store in a run's folder is of a format that this package does not know."""
+    read_seals(out)
+    for name in ("reference.zarr", "shifts.zarr", "aligned.zarr"):
+        try:
+            attributes = json.loads((out / name / "zarr.json").read_bytes())["attributes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(attributes, dict):
+            refuse_newer_store(out / name, attributes)
 
 
-def _same_run(before: dict[str, Any], settings: Settings) -> None:
+def _settings_of(plan: StoredPlan | None, stored: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in this folder, None where both copies are damaged.
+
+    The copy that has a checksum goes before the one to be read.
+    """
+    if plan and plan.settings:
+        return plan.settings
+    try:
+        return read_toml(stored)
+    except ValueError as error:
+        warn(f"{error} It is written again; units of other frames, if there are any, are done again.")
+        return None
+
+
+def _same_run(before: dict[str, Any] | None, settings: Settings) -> None:
+    if before is None:
+        return
     version = before.get("version")
     if version != SETTINGS_VERSION:
         raise ValueError(
@@ -88,6 +114,11 @@ def _same_run(before: dict[str, Any], settings: Settings) -> None:
             f"{settings.out} holds the run of {earlier}, not of {settings.frames}: their results would mix. "
             "Choose another --out."
         )
+
+
+def open_source_of(settings: Settings, *, empty: bool = False) -> FrameSource:
+    """Open the frames that the settings name."""
+    return open_source(settings.frames, missing_chunks=settings.missing_chunks, empty=empty)
 
 
 def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Reference, Origin | None]:
@@ -111,7 +142,8 @@ def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Referenc
     valid = as_mask(mask, source.shape[1:])
     rest = {"iterations": settings.reference_iterations, "one": isinstance(use, int)}
     chosen = [indices[place] for place in chosen_frames(use, len(indices))]
-    origin = Origin.of(source, chosen, options | rest | {"mask": digest_of(valid)})
+    facts = options | rest | {"mask": digest_of(valid)}
+    origin = Origin.of(source, chosen, facts, contents=settings.input_check == "contents")
     return _kept(settings.out, origin) or _made(settings, source, indices, use, valid, options, origin)
 
 
@@ -128,7 +160,9 @@ def _kept(out: Path, now: Origin) -> tuple[Reference, Origin] | None:
         return None
     try:
         reference = load_reference(out / "reference.zarr")
-    except (ValueError, TypeError):
+    except NewerVersion:
+        raise
+    except ValueError:
         return None
     if reference.digest != before.digest:
         return None
@@ -256,8 +290,7 @@ def prepare_plan(settings: Settings, source: FrameSource, budget: int) -> Plan:
         max_shift=settings.max_shift,
         unit_frames=wish,
     )
-    frames = source.shape[0]
-    plan = replace(plan, frames=frames if source.limit is None else frames - frames % plan.unit_frames)
+    plan = replace(plan, frames=_frames_to_do(source, plan.unit_frames, read_plan(settings.out)))
     if wish and plan.unit_frames < min(wish, layout.frames):
         raise ValueError(
             f"units of {wish} frames, as {'asked for' if settings.unit_frames else 'this run began with'}, do not fit "
@@ -266,6 +299,15 @@ def prepare_plan(settings: Settings, source: FrameSource, budget: int) -> Plan:
     if source.split:
         _tell_split(source, plan)
     return plan
+
+
+def _frames_to_do(source: FrameSource, unit_frames: int, earlier: Plan | None) -> int:
+    """Return all frames, or of a stack that grows those of whole units; but never fewer than an earlier run did."""
+    frames = source.shape[0]
+    if source.limit is None:
+        return frames
+    before = min(earlier.frames, source.array.shape[0]) if earlier else 0
+    return max(frames - frames % unit_frames, int(before))
 
 
 def _kept_size(earlier: Plan | None, frames: int) -> int | None:

@@ -183,7 +183,11 @@ def _stage_status(ledger: Ledger, stage: Stage, records: list[UnitRecord], plan:
 
 def _recent_rate(ledger: Ledger, records: list[UnitRecord]) -> float | None:
     """Frames per second over the last units, from the times of their records."""
-    seen = sorted((ledger.path(r.stage, r.unit).stat().st_mtime, r.stop - r.start) for r in records)[-50:]
+    seen = []
+    for record in records:
+        with contextlib.suppress(FileNotFoundError):  # it may just have been withdrawn
+            seen.append((ledger.path(record.stage, record.unit).stat().st_mtime, record.stop - record.start))
+    seen = sorted(seen)[-50:]
     if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
         return None
     return sum(frames for _, frames in seen[1:]) / (seen[-1][0] - seen[0][0])

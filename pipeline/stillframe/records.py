@@ -16,7 +16,7 @@ import numpy as np
 import pydantic
 
 from stillframe.durable import Seal, fingerprint, sync_folder, with_checksum, without_checksum, write_durably
-from stillframe.errors import hopeless
+from stillframe.errors import NewerVersion, hopeless
 from stillframe.flags import Flag
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.units import Unit
@@ -255,13 +255,13 @@ def _changed_files(before: Identity, now: Identity) -> str:
 
 
 def refuse_newer(path: Path, content: bytes, name: str, known: int) -> None:
-    """Raise ``ValueError`` if a JSON file tells of a version that this package does not know."""
+    """Raise ``NewerVersion`` if a JSON file tells of a version that this package does not know."""
     try:
         version = json.loads(without_checksum(content)[0])[name]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return
     if isinstance(version, int) and version > known:
-        raise ValueError(
+        raise NewerVersion(
             f"{path} has {name} {version}, and this stillframe knows up to {known}: a newer one wrote it. "
             "Use that one, or another folder; nothing was changed."
         )

@@ -22,6 +22,7 @@ from zarr.storage import MemoryStore
 
 import stillframe
 from stillframe.durable import Seal, make_folder, sync_folder, sync_tree, write_draft, write_durably
+from stillframe.errors import NewerVersion
 from stillframe.flags import cf_attributes
 from stillframe.match import KERNEL_VERSION
 from stillframe.noise import Noise
@@ -205,7 +206,7 @@ def quiet_zarr() -> Iterator[None]:
         yield
 
 
-def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
+def save_reference(reference: Reference, path: str | Path, *, mend: bool = False) -> "ReferenceFile":
     """Write a reference to a Zarr group and return a handle that is small to send to workers.
 
     Parameters
@@ -214,6 +215,9 @@ def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
         What to save.
     path : str or Path
         Folder to write, replacing one that is there; all workers must see it.
+    mend : bool
+        Whether the same reference is there already, so that its files are replaced one by one, and it is there at any
+        time.
 
     Returns
     -------
@@ -232,7 +236,11 @@ def save_reference(reference: Reference, path: str | Path) -> "ReferenceFile":
         {name: (("y", "x"), getattr(reference, name)) for name in ("image", "mask", "frame_mask")},
         attrs={name: value for name, value in attributes.items() if value is not None},
     )
-    write_dataset(image, folder)
+    if mend:
+        _replace_files(partial := _partial(image, folder), folder)
+        shutil.rmtree(partial)
+    else:
+        write_dataset(image, folder)
     return ReferenceFile(folder, reference.digest)
 
 
@@ -246,12 +254,26 @@ def load_reference(path: str | Path) -> Reference:
     """
     try:
         with xr.open_zarr(path, chunks=None, consolidated=False) as stored:
-            version, attributes = stored.attrs["format_version"], stored.attrs
-            image, mask, frame_mask = (stored[name].values for name in ("image", "mask", "frame_mask"))
-    except Exception as error:
-        raise ValueError(f"{path} is not a stored reference ({error}). Make one with save_reference.") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}, this is format {FORMAT_VERSION}. Update stillframe.")
+            refuse_newer_store(Path(path), stored.attrs)
+            return _reference(stored.attrs, *(stored[name].values for name in ("image", "mask", "frame_mask")))
+    except NewerVersion:
+        raise
+    except Exception as error:  # whatever damaged metadata, chunks and attributes make Zarr and numbers raise
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a stored reference ({why}). Make one with save_reference.") from error
+
+
+def refuse_newer_store(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Raise ``NewerVersion`` if the attributes of a store tell of a format that this package does not know."""
+    version = attributes.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerVersion(
+            f"{path} has format_version {version}, and this stillframe knows up to {FORMAT_VERSION}: a newer one wrote "
+            "it. Use that one, or another folder; nothing was changed."
+        )
+
+
+def _reference(attributes: Mapping[str, Any], image: Any, mask: Any, frame_mask: Any) -> Reference:
     return Reference(
         image,
         mask,

@@ -124,6 +124,7 @@ class AlignUnit:
     def __call__(self, work: tuple[Unit, Mark, Moves]) -> UnitRecord:
         """Align one unit durably and return its record."""
         unit, mark, moves = work
+        self.job.claim.check()
         if known := self.job.ledger.finished("align", unit, mark):
             return known
         self.job.reference.load()  # what it takes for a while is free again before the frames are read
@@ -136,7 +137,11 @@ class AlignUnit:
         mask = self.job.reference.load().frame_mask
         frames = resample_frames(reading.frames, kept, mask, interpolation=self.interpolation, fill=self.fill)
         claim, ledger = self.job.claim, self.job.ledger
-        draft = draft_unit(claim.folder / "aligned.zarr", unit, frames, claim.drafts)
+        try:
+            draft = draft_unit(claim.folder / "aligned.zarr", unit, frames, claim.drafts)
+        except OSError:
+            claim.check()  # whoever took over has swept this one's drafts
+            raise
         files, shifts = {f"aligned.zarr/{draft.name}": draft.seal}, digest_of(moves)
         record = _record("align", unit, mark, began, problems=reading.problems, files=files, shifts=shifts)
         try:
@@ -164,6 +169,7 @@ class BothStages:
         """
         unit, mark = work
         job = self.register.job
+        job.claim.check()
         if known := job.ledger.finished("register", unit, mark):
             moves = moves_of(known)
             if job.ledger.finished("align", unit, self.align.mark(mark, moves)):

@@ -11,6 +11,7 @@ from faulty import chances, command, finish, records, stores
 from stillframe.batch import run
 from stillframe.store import load_reference, write_dataset
 from stillframe.verify import repair, verify
+from synthetic import contents
 
 KINDS = {
     "shard": "aligned.zarr/frames/c/*/*/*",
@@ -163,3 +164,27 @@ def test_a_run_that_did_not_finish_says_so(stored, tmp_path, monkeypatch):
 def test_what_holds_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run that has begun"):
         verify(tmp_path)
+
+
+def test_a_stray_file_is_not_sealed_as_if_it_belonged(whole, stored, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    stray = out / "reference.zarr" / "image" / "c" / "9"
+    stray.write_bytes(b"stray")
+    assert [finding.what for finding in verify(out).findings] == ["reference.zarr/image/c/9 was not written by the run"]
+    finish(stored, out)
+    assert not stray.exists()
+    assert verify(out).findings == []
+
+
+@pytest.mark.parametrize("store", ["reference.zarr", "shifts.zarr", "aligned.zarr", "seals.json"])
+def test_a_newer_format_of_a_store_is_refused(store, whole, stored, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    file = out / store if store.endswith("json") else out / store / "zarr.json"
+    newer = file.read_text().replace('"format_version": 1', '"format_version": 2')
+    file.write_text('{"version":2}' if store.endswith("json") else newer)
+    before = contents(out)
+    with pytest.raises(ValueError, match="a newer one wrote it"):
+        finish(stored, out)
+    assert contents(out) == before

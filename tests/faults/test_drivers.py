@@ -70,7 +70,7 @@ def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp
     monkeypatch.setenv("PYTHONPATH", str(Path(racers.__file__).parent))
     monkeypatch.setattr("stillframe.leases.STALE", 2.0)
     finish(stored, tmp_path / "fresh", max_shift=10, interpolation="linear")
-    chance = chances(workers)
+    chance, taken_over = chances(workers), 0
     for number in range(many(2, 25)):
         out = tmp_path / str(number)
         old = Started(elsewhere(run_command(stored, out, "--workers", workers)))
@@ -78,8 +78,11 @@ def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp
         with contextlib.suppress(ProcessLookupError):
             os.killpg(old.pid, signal.SIGSTOP)
         time.sleep(2.5)
-        if old.poll() is None and (out / "lease.json").exists():
+        replaced = old.poll() is None and (out / "lease.json").exists()
+        if replaced:
             finish(stored, out, max_shift=10, interpolation="linear")
+            taken_over += 1
+            tried("a driver, paused and replaced, that wakes up")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(old.pid, signal.SIGCONT)
         status, words = old.end()
@@ -91,7 +94,7 @@ def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp
             finish(stored, out, max_shift=10, interpolation="linear")
         assert stores(out) == stores(tmp_path / "fresh")
         assert verify(out).findings == []
-        tried("a driver, paused and replaced, that wakes up")
+    assert taken_over
 
 
 @pytest.mark.parametrize("moment", ["before it registers", "before its shard gets its place"])

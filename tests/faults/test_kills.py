@@ -82,7 +82,7 @@ def test_killed_drivers(group, scenario, stored, tmp_path, many, tried):
             alive = process.kill(group=group)
             kills += alive
             assert_kept(kept, out)
-            kept = finished(out) if group else {}
+            kept = finished(out)
         finish(stored, out, **options)
         assert_kept(kept, out)
         assert stores(out) == undisturbed
@@ -96,19 +96,22 @@ def test_killed_workers(every, scenario, stored, tmp_path, many, tried):
     chance, kills, wanted, number = chances(every), 0, many(4, 28), 0
     while kills < wanted:
         number += 1
-        out = fresh(tmp_path / str(number), begin)
+        out, kept = fresh(tmp_path / str(number), begin), {}
         process = Started(run_command(stored, out, "--workers", 2, **options))
         for _ in range(4):
             wait_for_work(process, out, chance, 8)
             found = worker_processes(process.pid)
             if process.poll() is not None or not found:
                 break
+            assert_kept(kept, out)
+            kept = finished(out)
             kill(found if every else [chance.choice(found)])
             kills += 1
         status, words = process.end()
         assert status in (0, 1), words
         assert ("was given up" in words) == (status == 1), words
         finish(stored, out, **options)
+        assert_kept(kept, out)
         assert stores(out) == undisturbed
     tried(f"SIGKILL of {'all workers' if every else 'a worker'}, {options['interpolation']}", kills)
 
