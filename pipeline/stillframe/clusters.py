@@ -281,6 +281,8 @@ def _outcome(future: Any) -> Any:
     try:
         return future.result()
     except Exception as error:  # the task raised nothing, so that its result could not be fetched
+        if future.status == "error":  # lost with its worker, it was done again, and killed the next ones
+            return future.exception()
         if future.status in ("lost", "pending", "finished") and future.client.status == "running":
             return _FORGOTTEN
         raise _lost(error) from error
