@@ -81,3 +81,35 @@ def _on_worker():
         return get_worker().address
     except ValueError:
         return ""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Work that fails on every item; it keeps which it saw."""
+
+    folder: Path
+
+    def __call__(self, item):
+        (self.folder / str(item)).touch()
+        raise ValueError("never")
+
+
+@dataclass(frozen=True)
+class Unfetchable:
+    """Work whose result can be sent, but not be received."""
+
+    folder: Path
+
+    def __call__(self, item):
+        with (self.folder / str(item)).open("a") as stream:
+            stream.write(".")
+        return _Bomb()
+
+
+class _Bomb:
+    def __reduce__(self):
+        return _explode, ()
+
+
+def _explode():
+    raise ImportError("not installed here")

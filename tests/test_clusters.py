@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from racers import Flaky
+from racers import Broken, Flaky, Unfetchable
 from stillframe.clusters import InProcess, OnCluster, results
 from stillframe.errors import RunStopped
 
@@ -69,3 +69,18 @@ def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             list(results(executor, str, [1]))
     assert "no worker is connected: waiting" in capsys.readouterr().err
+
+
+def test_where_nothing_succeeds_failures_are_told_at_once(tmp_path):
+    """A mistake in the settings must not take the whole stack before its first word."""
+    told = results(InProcess(2**30, threading.Event()), Broken(tmp_path), range(100))
+    next(told)
+    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(told)) == 99
+
+
+def test_a_result_that_cannot_be_fetched_is_not_made_for_ever(client, tmp_path):
+    executor = OnCluster(client, 2**30, threading.Event(), "2 workers", 2)
+    ((_, outcome),) = results(executor, Unfetchable(tmp_path), [0])
+    assert "could not be fetched from the worker" in str(outcome)
+    assert len((tmp_path / "0").read_text()) < 12

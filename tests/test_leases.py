@@ -2,12 +2,15 @@ import fcntl
 import multiprocessing
 import os
 import socket
+import subprocess
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from racers import race
-from stillframe.errors import LeaseError
+from stillframe.errors import LeaseError, OutputLost
 from stillframe.leases import STALE, Claim, Holder, lease, read_lease
 
 
@@ -115,3 +118,38 @@ class TestClaim:
         monkeypatch.setattr(fcntl, "flock", broken)
         with pytest.raises(OSError, match="Input/output"), lease(tmp_path):
             pass
+
+
+def test_a_driver_that_was_killed_and_not_looked_after_is_dead(tmp_path):
+    """In a container whose first process does not care for orphans it keeps its number for ever."""
+    gone = subprocess.Popen(["sleep", "0"])
+    born = psutil.Process(gone.pid).create_time()
+    while psutil.Process(gone.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    put(tmp_path, pid=gone.pid, born=born)
+    assert read_lease(tmp_path) is None
+    gone.wait()
+
+
+def test_a_folder_that_is_gone_is_no_other_driver(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lease(folder) as mine:
+        folder.rename(tmp_path / "away")
+        for look in (mine.check, mine.writing().__enter__):
+            with pytest.raises(OutputLost, match="the folder of the results is gone"):
+                look()
+        (tmp_path / "away").rename(folder)
+        mine.check()
+
+
+def test_a_file_system_that_fails_for_a_moment_does_not_end_the_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr("stillframe.leases.HEARTBEAT", 0.02)
+    with lease(tmp_path):
+        read = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+        time.sleep(0.2)
+        monkeypatch.setattr(Path, "read_bytes", read)
+        before = (tmp_path / "lease.json").stat().st_mtime_ns
+        time.sleep(0.3)
+        assert (tmp_path / "lease.json").stat().st_mtime_ns > before

@@ -178,7 +178,7 @@ class OnCluster:
         waiting = iter(tries)
         tasks: dict[Any, Try[Item]] = {}
         done = as_completed()
-        room = _Room(self.client, alone)
+        room = _Room(self.client, alone, self.workers if self.own else 0)
 
         def submit(some: Iterable[Try[Item]]) -> None:
             for attempt in some:
@@ -189,7 +189,7 @@ class OnCluster:
         submit(itertools.islice(waiting, room.tasks()))
         try:
             while tasks:
-                future = self._next(done)
+                future = self._next(done, room)
                 attempt, outcome = tasks.pop(future), _outcome(future)
                 if outcome is _FORGOTTEN and attempt.lost < _LOSSES:
                     submit([replace(attempt, lost=attempt.lost + 1)])
@@ -212,12 +212,13 @@ class OnCluster:
         others = [worker for worker in self.client.nthreads() if worker != address]
         return {"workers": others, "allow_other_workers": True} if others else {}
 
-    def _next(self, done: Any) -> Any:
-        """Wait for the next task to end, with an eye on a stop and on a cluster without workers."""
+    def _next(self, done: Any, room: "_Room") -> Any:
+        """Wait for the next task to end, with an eye on a stop and on the workers."""
         until = time.monotonic() + _WITHOUT_WORKERS
         while not done.has_ready():
             if self.stop.wait(_POLL):
                 raise KeyboardInterrupt
+            room.tasks()
             if time.monotonic() > until:
                 until += self._warn_of_no_workers()
         return next(done)
@@ -250,14 +251,22 @@ class _Room:
 
     client: Any
     alone: bool
+    own: int
+    """Workers that were started here and are to be kept."""
     _counted: float = -math.inf
     _tasks: int = 1
 
     def tasks(self) -> int:
         """Return how many, after a look at the workers now and then."""
-        if not self.alone and time.monotonic() - self._counted > _RECOUNT:
+        if self.client.status == "running" and time.monotonic() - self._counted > _RECOUNT:
             self._counted = time.monotonic()
-            self._tasks = (1 + _QUEUED) * max(1, sum(self.client.nthreads().values()))
+            try:
+                there = sum(self.client.nthreads().values())
+            except OSError:  # the scheduler is going; its tasks are going to say so
+                return self._tasks
+            self._tasks = 1 if self.alone else (1 + _QUEUED) * max(1, there)
+            if there < self.own:
+                self.client.cluster.scale(self.own)  # brings back one that died while its nanny started it again
         return self._tasks
 
 
@@ -387,7 +396,8 @@ def _local(settings: Settings) -> Iterator[Any]:
             host="127.0.0.1",
             silence_logs=logging.CRITICAL,
         )
-    with cluster, Client(cluster) as client:
+    soon = dask.config.set({"distributed.deploy.lost-worker-timeout": "3s"})
+    with soon, cluster, Client(cluster) as client:
         yield client
 
 
