@@ -6,7 +6,9 @@ put the shard in its place, make the folders durable, publish the record. Whatev
 the same bytes or nothing.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,19 +174,27 @@ class BothStages:
         job.claim.check()
         if known := job.ledger.finished("register", unit, mark):
             moves = moves_of(known)
-            if job.ledger.finished("align", unit, self.align.mark(mark, moves)):
-                return known
+            with _left_to_its_stage():
+                self.align((unit, self.align.mark(mark, moves), moves))
+            return known
         job.reference.load()  # what it takes for a while is free again before the frames are read
         began = time.perf_counter()
         reading = job.read(unit, mark)
         registered = self.register.record(unit, mark, reading, began)
         moves = moves_of(registered)
-        try:
+        with _left_to_its_stage():
             self.align.record(unit, self.align.mark(mark, moves), moves, reading)
-        except Exception as error:
-            if hopeless(error):
-                raise
         return registered
+
+
+@contextlib.contextmanager
+def _left_to_its_stage() -> Iterator[None]:
+    """Go on after a failure, unless every other unit would meet it too."""
+    try:
+        yield
+    except Exception as error:
+        if hopeless(error):
+            raise
 
 
 def moves_of(record: UnitRecord) -> Moves:
