@@ -60,6 +60,7 @@ def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
     monkeypatch.setattr("stillframe.clusters._WITHOUT_WORKERS", 0.2)
     stop = threading.Event()
     with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster) as client:
+        monkeypatch.setattr(cluster, "scale", lambda _: None)
         executor = OnCluster(client, 2**30, stop, "no worker", 1, own=own)
         if own:
             with pytest.raises(RunStopped, match="all worker processes ended"):
@@ -84,3 +85,12 @@ def test_a_result_that_cannot_be_fetched_is_not_made_for_ever(client, tmp_path):
     ((_, outcome),) = results(executor, Unfetchable(tmp_path), [0])
     assert "could not be fetched from the worker" in str(outcome)
     assert len((tmp_path / "0").read_text()) < 12
+
+
+def test_workers_of_ones_own_are_brought_back():
+    """As when one died while its nanny started it again."""
+    from distributed import Client, LocalCluster
+
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
+        executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, own=True)
+        assert list(results(executor, str, [1])) == [(1, "1")]

@@ -59,7 +59,7 @@ def test_big_frames_make_units_of_the_target_size():
 
 def test_little_memory_makes_small_units_that_keep_chunks_aligned():
     layout = Layout(640, (2048, 2048), 2, 16)
-    made = plan(layout, budget=820 * 2**20)
+    made = plan(layout, budget=700 * 2**20)
     assert made.unit_frames in (1, 2, 4, 8)
     assert made.decodes == 16 // made.unit_frames
 
