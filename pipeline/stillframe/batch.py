@@ -264,13 +264,14 @@ class _Run:
     def _begin(self) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
         found = outdated(self._ledger, self.plan.units, self._marker)  # first, as it refuses what is newer
+        # From the first file on, the folder is known as a run's.
+        write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._store_reference()
         (self._out / "seals.json").unlink(missing_ok=True)
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)
         for litter in self._out.glob(".*.json.*.partial"):
             litter.unlink(missing_ok=True)
         self.held.drafts.mkdir(parents=True, exist_ok=True)
-        write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._ledger.prepare()
         write_plan(self._out, self.plan, self.settings.model_dump(mode="json", exclude_none=True))
         units = len(self.plan.units)
