@@ -10,10 +10,10 @@ from typing import Any, Final, Literal
 
 import pydantic
 
-from stillframe.durable import fingerprint, with_checksum, without_checksum, write_durably
+from stillframe.durable import fingerprint, with_checksum, write_durably
 from stillframe.frames import FrameSource
 from stillframe.match import KERNEL_VERSION
-from stillframe.records import refuse_newer
+from stillframe.records import read_sealed
 
 ORIGIN_VERSION: Final = 2
 
@@ -71,16 +71,7 @@ def read_origin(path: Path) -> Origin | None:
     ValueError
         It was written by a newer version of this package.
     """
-    try:
-        content = path.read_bytes()
-        whole, sealed = without_checksum(content)
-        origin = Origin.model_validate_json(whole)
-    except OSError:
-        return None
-    except ValueError:
-        refuse_newer(path, content, "version", ORIGIN_VERSION)
-        return None
-    return origin if sealed or origin.version == 1 else None
+    return read_sealed(path, Origin, ORIGIN_VERSION, unsealed=1)
 
 
 def _token(source: FrameSource, index: int, contents: bool) -> str | None:

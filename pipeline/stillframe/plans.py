@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 
 import pydantic
 
-from stillframe.durable import Seal, with_checksum, without_checksum, write_durably
-from stillframe.records import Ledger, refuse_newer
+from stillframe.durable import Seal, with_checksum, write_durably
+from stillframe.records import Ledger, read_sealed
 from stillframe.units import Plan
 
 PLAN_VERSION: Final = 2
@@ -50,17 +50,7 @@ def read_stored_plan(folder: Path) -> StoredPlan | None:
     ValueError
         It was written by a newer version of this package.
     """
-    path = folder / "plan.json"
-    try:
-        content = path.read_bytes()
-        whole, sealed = without_checksum(content)
-        stored = StoredPlan.model_validate_json(whole)
-    except OSError:
-        return None
-    except ValueError:
-        refuse_newer(path, content, "version", PLAN_VERSION)
-        return None
-    return stored if sealed or stored.version == 1 else None
+    return read_sealed(folder / "plan.json", StoredPlan, PLAN_VERSION, unsealed=1)
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -105,17 +95,7 @@ def read_seals(folder: Path) -> Seals | None:
     ValueError
         They were written by a newer version of this package.
     """
-    path = folder / "seals.json"
-    try:
-        content = path.read_bytes()
-        whole, sealed = without_checksum(content)
-        seals = Seals.model_validate_json(whole)
-    except OSError:
-        return None
-    except ValueError:
-        refuse_newer(path, content, "version", SEALS_VERSION)
-        return None
-    return seals if sealed else None
+    return read_sealed(folder / "seals.json", Seals, SEALS_VERSION)
 
 
 def is_sealed(folder: Path, store: Path) -> bool:

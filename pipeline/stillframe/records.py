@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, Self, get_args
+from typing import Final, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import pydantic
@@ -21,6 +21,7 @@ from stillframe.flags import Flag
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.units import Unit
 
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 Stage = Literal["register", "align"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 RECORD_VERSION: Final = 2
@@ -252,6 +253,28 @@ def _changed_files(before: Identity, now: Identity) -> str:
     old, new = ({name: rest for name, *rest in files} for files in (before, now))
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return f" ({', '.join(names[:3])}{'…' if len(names) > 3 else ''})"
+
+
+def read_sealed(path: Path, kind: type[Model], newest: int, *, unsealed: int = 0) -> Model | None:
+    """Return what a JSON file with a checksum and a version holds; None where there is none that is whole.
+
+    Versions up to ``unsealed`` had no checksum.
+
+    Raises
+    ------
+    NewerVersion
+        Its version is beyond the newest that is known.
+    """
+    try:
+        content = path.read_bytes()
+        whole, sealed = without_checksum(content)
+        stored = kind.model_validate_json(whole)
+    except OSError:
+        return None
+    except ValueError:
+        refuse_newer(path, content, "version", newest)
+        return None
+    return stored if sealed or getattr(stored, "version", newest) <= unsealed else None
 
 
 def refuse_newer(path: Path, content: bytes, name: str, known: int) -> None:
