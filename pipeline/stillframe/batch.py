@@ -52,7 +52,7 @@ from stillframe.store import (
     write_dataset,
 )
 from stillframe.tasks import AlignUnit, BothStages, Job, MakeReady, Moves, RegisterUnit
-from stillframe.units import Plan, Unit
+from stillframe.units import Plan, Unit, first_few
 from stillframe.warm import PARTS, Compile
 
 _NONE_GOOD = (
@@ -281,8 +281,7 @@ class _Run:
     def _take_back(self, found: Sequence[Outdated]) -> None:
         """Withdraw every record that no longer holds, and say why."""
         if self._marker.kept:
-            names = ", ".join(self._marker.kept[:3]) + ("…" if len(self._marker.kept) > 3 else "")
-            warn(f"input files are gone ({names}): what was made of them before is kept.")
+            warn(f"input files are gone ({first_few(self._marker.kept)}): what was made of them before is kept.")
         for words, changed in in_words(found):
             (warn if changed else log.info)(words)
         for one in found:

@@ -24,7 +24,7 @@ import zarr.errors
 from stillframe.checks import boolean, require_real
 from stillframe.durable import Seal
 from stillframe.errors import GONE, InputLost
-from stillframe.units import Layout, Unit, frame_range
+from stillframe.units import Layout, Unit, first_few, frame_range
 
 MissingChunks = Literal["report", "fill"]
 _NO_MEANING = {"attributes", "consolidated_metadata", "shape"}
@@ -227,7 +227,7 @@ class FrameSource:
         if self.missing_chunks == "fill":
             return ""
         names = [str(file.relative_to(self.path)) for file in self.files(start, stop) if _look(file)[0] < 0]
-        return f"chunk {', '.join(names[:3])}{'…' if len(names) > 3 else ''} is missing" if names else ""
+        return f"chunk {first_few(names)} is missing" if names else ""
 
 
 def _look(file: Path) -> tuple[int, int]:

@@ -7,10 +7,7 @@ from itertools import groupby
 from stillframe.marks import Marker
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord, changes, fits
 from stillframe.tasks import moves_of
-from stillframe.units import Unit
-
-_NAMED = 3
-"""Frame ranges that a message names."""
+from stillframe.units import Unit, first_few
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,5 @@ def in_words(found: Sequence[Outdated]) -> Iterator[tuple[str, bool]]:
 
     for (stage, why, changed), group in groupby(sorted(found, key=reason), reason):
         ranges = [one.frames for one in group]
-        named = ", ".join(ranges[:_NAMED]) + ("…" if len(ranges) > _NAMED else "")
         units = "1 unit is" if len(ranges) == 1 else f"{len(ranges)} units are"
-        yield f"{stage}: {units} done again ({named}): {why}", changed
+        yield f"{stage}: {units} done again ({first_few(ranges)}): {why}", changed

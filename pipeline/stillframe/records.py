@@ -19,7 +19,7 @@ from stillframe.durable import Seal, fingerprint, sync_folder, with_checksum, wi
 from stillframe.errors import NewerVersion, hopeless
 from stillframe.flags import Flag
 from stillframe.match import MATCH_DTYPE, Matches, no_match
-from stillframe.units import Unit
+from stillframe.units import Unit, first_few
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Stage = Literal["register", "align"]
@@ -252,7 +252,7 @@ def _changed_files(before: Identity, now: Identity) -> str:
         return ""
     old, new = ({name: rest for name, *rest in files} for files in (before, now))
     names = [name for name in old | new if old.get(name) != new.get(name)]
-    return f" ({', '.join(names[:3])}{'…' if len(names) > 3 else ''})"
+    return f" ({first_few(names)})"
 
 
 def read_sealed(path: Path, kind: type[Model], newest: int, *, unsealed: int = 0) -> Model | None:

@@ -4,13 +4,15 @@ A unit is the frames of one output shard: one task, one writer, one record.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TARGET_BYTES = 128 * 2**20
 """Input bytes of a unit, where memory and the input's chunks allow it."""
 NOMINAL_MEMORY = 3 * 2**30
 """What a worker is taken to have when units are laid out, so that runs on different machines write equal shards."""
+_NAMED = 3
+"""Files or frames that a message names."""
 _DECODED_AT_ONCE = 2
 _TRANSIENT = 20 * 2**20
 """What does not depend on the size of frames, beyond the bare process: buffers."""
@@ -27,6 +29,17 @@ def frame_range(start: int, stop: int) -> str:
     ('frame 3', 'frames 3–5')
     """
     return f"frame {start}" if stop - start == 1 else f"frames {start}–{stop - 1}"
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Write the first names of many.
+
+    Examples
+    --------
+    >>> first_few(["a", "b"]), first_few(["a", "b", "c", "d"])
+    ('a, b', 'a, b, c…')
+    """
+    return ", ".join(names[:_NAMED]) + ("…" if len(names) > _NAMED else "")
 
 
 @dataclass(frozen=True)
