@@ -360,7 +360,7 @@ def draft_unit(path: Path, unit: Unit, frames: npt.NDArray[Any], drafts: Path) -
     array = zarr.open_array(MemoryStore(memory), mode="r+").with_config({"write_empty_chunks": True})
     array[unit.start : unit.stop] = frames
     key = array.metadata.encode_chunk_key((unit.number, 0, 0))
-    content = memoryview(np.ascontiguousarray(memory[key].as_numpy_array()))
+    content = np.ascontiguousarray(memory[key].as_numpy_array()).data
     file = drafts / f"{unit.number:06d}.{uuid.uuid4().hex}"
     write_draft(file, content)
     return Draft(file, path, f"frames/{key}", Seal.of_content(content))
