@@ -14,8 +14,8 @@ import xarray as xr
 import stillframe as sf
 from faulty import STORES, command, records, run_command, settings, stores
 from stillframe.batch import run
-from stillframe.clusters import _PROCESS_BYTES, _SHARE
 from stillframe.errors import LeaseError, RunStopped
+from stillframe.executors import _PROCESS_BYTES, _SHARE
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, open_source
 from stillframe.leases import lease

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from faulty import finish, settings
-from stillframe.clusters import process_memory
+from stillframe.executors import process_memory
 from stillframe.forecast import forecast
 from stillframe.frames import open_source
 from stillframe.progress import print_forecast

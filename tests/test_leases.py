@@ -11,7 +11,7 @@ import pytest
 
 from racers import race
 from stillframe.errors import LeaseError, OutputLost
-from stillframe.leases import STALE, Claim, Holder, lease, read_lease
+from stillframe.leases import STALE, Claim, Holder, lease, read_leases
 
 
 def put(folder, **changes):
@@ -26,8 +26,8 @@ class TestLease:
         with lease(tmp_path):
             with pytest.raises(LeaseError, match=f"process {os.getpid()} on {socket.gethostname()}"), lease(tmp_path):
                 pass
-            assert read_lease(tmp_path).pid == os.getpid()
-        assert read_lease(tmp_path) is None
+            assert read_leases(tmp_path)[0].pid == os.getpid()
+        assert read_leases(tmp_path) == []
         with lease(tmp_path):
             pass
 
@@ -37,7 +37,7 @@ class TestLease:
         gone.join()
         put(tmp_path, pid=gone.pid)
         with lease(tmp_path):
-            assert read_lease(tmp_path).pid == os.getpid()
+            assert read_leases(tmp_path)[0].pid == os.getpid()
 
     def test_of_a_process_number_used_again_is_void(self, tmp_path):
         put(tmp_path, born=1.0)
@@ -127,7 +127,7 @@ def test_a_driver_that_was_killed_and_not_looked_after_is_dead(tmp_path):
     while psutil.Process(gone.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     put(tmp_path, pid=gone.pid, born=born)
-    assert read_lease(tmp_path) is None
+    assert read_leases(tmp_path) == []
     gone.wait()
 
 

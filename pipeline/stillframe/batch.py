@@ -13,7 +13,6 @@ import itertools
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +21,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from stillframe.clusters import Executor, executor, is_killed, results, unit_budget
+from stillframe.clusters import executor
+from stillframe.doors import sweep, warn_of_open_folder
 from stillframe.durable import make_folder, write_durably
 from stillframe.errors import NewerVersion, RunStopped, hopeless
+from stillframe.executors import Executor, is_killed, results, unit_budget
 from stillframe.flags import Flag
 from stillframe.follow import growing
 from stillframe.frames import FrameSource, frame_coordinates
@@ -33,11 +34,11 @@ from stillframe.leases import Lease, drafts_of, lease
 from stillframe.marks import Marker, marker_of
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import Outdated, holds_aligned, in_words, outdated
+from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, outdated
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
-from stillframe.progress import Meter, log, log_to, progress_bar, warn
-from stillframe.records import Ledger, Mark, Stage, UnitRecord
+from stillframe.progress import Meter, log, log_name, log_to, progress_bar, warn
+from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
 from stillframe.resample import check_fill, output_dtype
@@ -51,8 +52,8 @@ from stillframe.store import (
     store_files,
     write_dataset,
 )
-from stillframe.tasks import AlignUnit, BothStages, Job, MakeReady, Moves, RegisterUnit
-from stillframe.units import Plan, Unit, first_few
+from stillframe.tasks import AlignUnit, BothStages, Job, MakeReady, Moves, RegisterUnit, moves_of
+from stillframe.units import Plan, Share, Unit, first_few
 from stillframe.warm import PARTS, Compile
 
 _NONE_GOOD = (
@@ -134,7 +135,7 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
     (4, [])
     """
     stop = stop or threading.Event()
-    with _stopped_in_words(settings.out):
+    with stopped_in_words(settings.out):
         check_folder(settings)
         sources = growing(settings, stop) if follow else iter([open_source_of(settings)])
         first = next(sources)
@@ -143,19 +144,20 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
         with executor(settings, client, stop) as workers:
             rounds = _rounds(settings, itertools.chain([first], sources), unit_budget(workers))
             source, plan = next(rounds)
-            with _driving(settings.out) as held:
-                result = _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+            with driving(settings.out) as held:
+                result = Run(source, plan, settings, reference, origin, workers, held).all_stages()
                 for source, plan in rounds:
                     reference, origin = prepare_reference(settings, source)
-                    result = _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+                    result = Run(source, plan, settings, reference, origin, workers, held).all_stages()
         return result
 
 
 @contextlib.contextmanager
-def _driving(folder: Path) -> Iterator[Lease]:
-    """Be the one who writes into a folder, and keep a log there."""
+def driving(folder: Path, share: Share | None = None) -> Iterator[Lease]:
+    """Be the one who writes into a folder, or does a part of it, and keep a log there."""
     make_folder(folder)
-    with lease(folder) as held, log_to(folder / "run.log"):
+    with lease(folder, share) as held, log_to(folder / log_name(share)):
+        warn_of_open_folder(folder)
         yield held
 
 
@@ -168,8 +170,8 @@ def run_once(
     workers: Executor,
 ) -> Result:
     """Go over what there is of a stack once, with everything prepared."""
-    with _driving(settings.out) as held:
-        return _Run(source, plan, settings, reference, origin, workers, held).all_stages()
+    with driving(settings.out) as held:
+        return Run(source, plan, settings, reference, origin, workers, held).all_stages()
 
 
 def _rounds(settings: Settings, sources: Iterator[FrameSource], budget: int) -> Iterator[tuple[FrameSource, Plan]]:
@@ -185,7 +187,7 @@ def _rounds(settings: Settings, sources: Iterator[FrameSource], budget: int) -> 
 
 
 @contextlib.contextmanager
-def _stopped_in_words(out: Path) -> Iterator[None]:
+def stopped_in_words(out: Path) -> Iterator[None]:
     """Say what every further step would meet too, and what to do about it."""
     try:
         yield
@@ -199,8 +201,8 @@ def _stopped_in_words(out: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """One pass over what there is of a stack: what its steps share."""
+class Run:
+    """One pass over what there is of a stack, or over a part of it: what its steps share."""
 
     source: FrameSource
     plan: Plan
@@ -209,27 +211,64 @@ class _Run:
     origin: Origin | None
     workers: Executor
     held: Lease
+    share: Share | None = None
 
     def all_stages(self) -> Result:
         """Register and align, publish the shifts, draw."""
+        self.begin()
+        return self.put_together(self.work())
+
+    def begin(self) -> None:
+        """Write down what is going to be done, and make the stores for it."""
         with self.held.writing():
             self._begin()
-        to_register = self._to_register()
+            self._create_aligned(self._dataset(self._known()))
+
+    def work(self) -> list[str]:
+        """Register and align every unit that is asked for; return what went wrong."""
+        units = self._units
+        to_register = [(unit, self._mine.register(unit)) for unit in units]
         if self._todo("register", to_register):
             self._make_ready()
+        register = RegisterUnit(self._job)
         with progress_bar() as bar:
-            both = BothStages(RegisterUnit(self._job), self._align_unit)
-            failed = self._stage("register", both, to_register, bar)
-            with self.held.writing():
-                shifts, problems = self._collect()
-                self._create_aligned(shifts)
-            failed += self._stage("align", self._align_unit, self._to_align(shifts["shift"].values), bar)
+            if not self.settings.align:
+                return self._stage("register", register, to_register, bar)
+            failed = self._stage("register", BothStages(register, self._align_unit), to_register, bar)
+            return failed + self._stage("align", self._align_unit, self._to_align(units), bar)
+
+    def put_together(self, failed: list[str]) -> Result:
+        """Publish what all units found."""
         with self.held.writing():
+            shifts, problems = self._collect()
+            self._create_aligned(shifts)
             return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+
+    def missing(self) -> list[Unit]:
+        """Return the units that nobody has worked on with these settings, whatever became of them."""
+        return [unit for unit in self.plan.units if not self._was_tried(unit)]
+
+    def _was_tried(self, unit: Unit) -> bool:
+        failed = any(self._has_failed(stage, unit) for stage in STAGES)
+        return failed or is_done(self._ledger, unit, self._marker, align=self.settings.align)
+
+    def _has_failed(self, stage: Stage, unit: Unit) -> bool:
+        record = self._ledger.read(stage, unit.number)
+        return record is not None and not record.fingerprint
+
+    @property
+    def _units(self) -> Sequence[Unit]:
+        return self.share.units(self.plan.units) if self.share else self.plan.units
 
     @cached_property
     def _marker(self) -> Marker:
-        return marker_of(self.settings, self.source, self.reference, self.plan, self.held.claim())
+        claim = self.held.claim()
+        return marker_of(self.settings, self.source, self.reference, self.plan, claim, self.plan.units)
+
+    @cached_property
+    def _mine(self) -> Marker:
+        """The same for the units that are done here: of all others, no file is looked at."""
+        return replace(self._marker, units=self._units) if self.share else self._marker
 
     @property
     def _align_unit(self) -> AlignUnit:
@@ -240,18 +279,14 @@ class _Run:
         return self._align_unit.job
 
     def _make_ready(self) -> None:
-        """Create the store of aligned frames while a worker or two compile what all of them will need.
+        """Let a worker or two compile what all of them will need.
 
         What fails in a worker fails in its units too, and is told there.
         """
         compile_ = Compile(self.source.dtype.newbyteorder("="), self.settings.interpolation)
-        work = MakeReady(compile_, self._job.reference)
-        with self.held.writing(), ThreadPoolExecutor(1) as aside:
-            created = aside.submit(self._create_aligned, self._dataset(self._unknown()))
-            if self.workers.workers > 1:
-                log.info("getting ready: the reference, and machine code where this machine has none yet")
-                list(results(self.workers, work, PARTS))
-            created.result()
+        if self.workers.workers > 1:
+            log.info("getting ready: the reference, and machine code where this machine has none yet")
+            list(results(self.workers, MakeReady(compile_, self._job.reference), PARTS))
 
     @property
     def _out(self) -> Path:
@@ -269,11 +304,13 @@ class _Run:
         self._store_reference()
         (self._out / "seals.json").unlink(missing_ok=True)
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)
+        sweep(self._out)
         for litter in self._out.glob(".*.json.*.partial"):
             litter.unlink(missing_ok=True)
         self.held.drafts.mkdir(parents=True, exist_ok=True)
         self._ledger.prepare()
-        write_plan(self._out, self.plan, self.settings.model_dump(mode="json", exclude_none=True))
+        parts = self.share.of if self.share else 0
+        write_plan(self._out, self.plan, self.settings.model_dump(mode="json", exclude_none=True), parts)
         units = len(self.plan.units)
         log.info("%s: %d frames in %d units on %s", self.source.path, self.plan.frames, units, self.workers.name)
         self._take_back(found)
@@ -301,15 +338,11 @@ class _Run:
         if self.origin:
             self.origin.write(self._out / "reference.json")
 
-    def _to_register(self) -> Work:
-        return [(unit, self._marker.register(unit)) for unit in self.plan.units]
-
-    def _to_align(self, moves: Moves) -> Work:
+    def _to_align(self, units: Sequence[Unit]) -> Work:
         """Return the units that were registered; what could not be is not aligned either."""
-        registered = {record.unit for record in self._ledger.records("register") if record.matches}
-        units = (unit for unit in self.plan.units if unit.number in registered)
-        parts = ((unit, moves[unit.start : unit.stop]) for unit in units)
-        return [(unit, self._marker.align(unit, mine), mine) for unit, mine in parts]
+        records = ((unit, self._ledger.read("register", unit.number)) for unit in units)
+        moves = ((unit, moves_of(record)) for unit, record in records if record and record.matches)
+        return [(unit, self._mine.align(unit, its), its) for unit, its in moves]
 
     def _todo(self, stage: Stage, items: Work) -> Work:
         known = self._told if stage == "align" else lambda _: []
@@ -324,7 +357,8 @@ class _Run:
         """Work on the units that are not finished; return what went wrong."""
         todo = self._todo(stage, items)
         left = sum(item[0].stop - item[0].start for item in todo)
-        meter = Meter(bar, stage, self.plan.frames, self.plan.frames - left)
+        total = sum(unit.stop - unit.start for unit in self._units)
+        meter = Meter(bar, stage, total, total - left)
         problems = []
         for (unit, *_), outcome in results(self.workers, work, todo):
             self.held.check()
@@ -349,6 +383,14 @@ class _Run:
     def _unknown(self) -> Matches:
         return np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
 
+    def _known(self) -> Matches:
+        """Return what records hold so far; frames without one are corrupt."""
+        matches, units = self._unknown(), {unit.number: unit for unit in self.plan.units}
+        for record in self._ledger.records("register"):
+            if record.unit in units:
+                matches[record.start : record.stop] = record.to_matches()
+        return matches
+
     def _dataset(self, matches: Matches) -> xr.Dataset:
         return shifts_dataset(matches, frame_coordinates(self.source), self.reference)
 
@@ -370,6 +412,8 @@ class _Run:
 
     def _create_aligned(self, shifts: xr.Dataset) -> None:
         """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
+        if not self.settings.align:
+            return
         frames = lazy_frames(self.source, self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
         whole = self.settings.interpolation == "nearest"
@@ -383,13 +427,16 @@ class _Run:
 
     def _holes(self) -> list[Unit]:
         """Return the units whose aligned frames are not there, or are those of another time."""
+        if not self.settings.align:
+            return []
         return [unit for unit in self.plan.units if not holds_aligned(self._ledger, unit, self._marker)]
 
     def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
         holes = self._holes()
         unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
         problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]
-        seal_aligned(self._out / "aligned.zarr", holes, growing=self.source.limit is not None)
+        if self.settings.align:
+            seal_aligned(self._out / "aligned.zarr", holes, growing=self.source.limit is not None)
         plot_shifts(shifts, self._out / "shifts.png")
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)
         Seals.of(self._out, _sealed_files(self._out)).write(self._out)
@@ -405,8 +452,9 @@ class _Run:
 def _sealed_files(folder: Path) -> list[Path]:
     """Return the files of a finished run that neither a record nor a checksum of their own speaks of."""
     single = (folder / name for name in ("settings.toml", "reference.json", "shifts.png"))
-    stores = (folder / name for name in ("reference.zarr", "shifts.zarr", "aligned.zarr"))
-    return [*(file for file in single if file.exists()), *(file for store in stores for file in store_files(store))]
+    stores = [folder / name for name in ("reference.zarr", "shifts.zarr", "aligned.zarr")]
+    files = (file for store in stores if store.exists() for file in store_files(store))
+    return [*(file for file in single if file.exists()), *files]
 
 
 def _failure(stage: Stage, unit: Unit, error: BaseException) -> str:

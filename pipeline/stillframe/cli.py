@@ -1,4 +1,4 @@
-"""The command line: run, status, plan, verify, simulate, demo, selftest."""
+"""The command line: run, gather, status, plan, verify, certificates, simulate, demo, selftest."""
 
 import functools
 import inspect
@@ -98,6 +98,9 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "unit_frames": (int, "Frames of a unit (an output shard)."),
     "workers": (int, "Local worker processes; 0: work in this one."),
     "scheduler": (str, "Address or file of a running dask scheduler."),
+    "certificates": (Path, "Folder with ca.pem, cert.pem, key.pem for that scheduler."),
+    "cluster": (str, "local, slurm, pbs, lsf, sge, or a TOML file of jobs."),
+    "align": (bool, "Also align (default), or only register."),
     "memory": (float, "Memory per worker, GiB."),
 }
 """Settings of a run as flags: their type, and what they are."""
@@ -140,14 +143,56 @@ def run(
     follow: Annotated[
         bool, typer.Option("--follow", help="Frames are still being written: take them as they come.")
     ] = False,
+    shard: Annotated[str | None, typer.Option(help="Only this part, such as 3/16; others run beside it.")] = None,
 ) -> None:
     """Register and align frames; give the same command again to go on after any stop."""
+    if shard:
+        _run_part(settings, shard, follow)
+        return
     from stillframe.batch import run as run_batch
 
     result = run_batch(settings, follow=follow, stop=_stopping)
     _tell(result)
     if result.problems:
         raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _run_part(settings: "Settings", shard: str, follow: bool) -> None:
+    from stillframe.parts import run_part
+    from stillframe.units import Share
+
+    if follow:
+        raise ValueError("--follow and --shard do not go together: parts are cut from a stack that is complete.")
+    result = run_part(settings, Share.parse(shard), stop=_stopping)
+    out.print(
+        f"part {result.share}: {result.frames} frames. When all parts are done: stillframe gather {result.folder}"
+    )
+    if result.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command()
+@told
+def gather(folder: Annotated[Path, typer.Argument(help="Folder of a run in parts.")]) -> None:
+    """Put together what 'run --shard' did, when all parts are done."""
+    from stillframe.parts import gather as gather_parts
+
+    result = gather_parts(folder, stop=_stopping)
+    _tell(result)
+    if result.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command()
+@told
+def certificates(folder: Annotated[Path, typer.Argument(help="Where ca.pem, cert.pem and key.pem go.")]) -> None:
+    """Make certificates for a dask cluster that you start yourself; delete the folder when it ends."""
+    from stillframe.doors import make_keys
+
+    make_keys(folder.expanduser())
+    names = f"--tls-ca-file {folder}/ca.pem --tls-cert {folder}/cert.pem --tls-key {folder}/key.pem"
+    out.print(f"dask scheduler --protocol tls {names} ...\ndask worker {names} ...", markup=False)
+    out.print(f"stillframe run ... --certificates {folder}", markup=False)
 
 
 @app.command()
@@ -197,7 +242,8 @@ def verify(
 def _tell(result: Any) -> None:
     out.print(f"{result.frames} frames, {result.good} with a shift and no flag.")
     out.print(f"shifts   {result.shifts}")
-    out.print(f"aligned  {result.aligned}")
+    if result.aligned.exists():
+        out.print(f"aligned  {result.aligned}")
     out.print(f"picture  {result.folder / 'shifts.png'}")
     if result.problems:
         err.print(

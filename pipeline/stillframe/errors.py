@@ -38,3 +38,7 @@ class InputLost(OSError):
 
 class OutputLost(OSError):
     """The folder of the results vanished while it was being written."""
+
+
+class WorkerUnfit(RuntimeError):
+    """A worker lacks what a run needs: the same packages, the same folders, a clock that is right."""

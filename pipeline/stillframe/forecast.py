@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillframe.batch import run_once
-from stillframe.clusters import Executor, executor, process_memory, unit_budget
+from stillframe.clusters import executor
 from stillframe.errors import RunStopped
+from stillframe.executors import Executor, process_memory, unit_budget
 from stillframe.frames import FrameSource, open_source
 from stillframe.leases import Claim
 from stillframe.marks import marker_of
-from stillframe.outdated import holds_aligned
+from stillframe.outdated import is_done
 from stillframe.prepare import check_folder, prepare_plan, prepare_reference
 from stillframe.records import Ledger, UnitRecord
 from stillframe.reference import Reference
@@ -88,7 +89,7 @@ def forecast(settings: Settings, *, pilot: int | None = None, stop: threading.Ev
     source = open_source(settings.frames, missing_chunks=settings.missing_chunks)
     reference, _ = prepare_reference(settings, source)
     check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
-    with executor(settings, None, stop or threading.Event()) as workers:
+    with executor(settings, None, stop or threading.Event(), _home(settings.out)) as workers:
         plan = prepare_plan(settings, source, unit_budget(workers))
         count = min(max(2, workers.workers), _MOST) if pilot is None else pilot
         tried = _try(settings, source, reference, plan, workers, count) if count else []
@@ -113,9 +114,9 @@ def _try(
 def _left(settings: Settings, source: FrameSource, reference: Reference, plan: Plan) -> int:
     """Count the units that are not finished, or not with these settings."""
     marker, ledger = marker_of(settings, source, reference, plan, Claim(settings.out, "")), Ledger(settings.out)
-    if not ledger.numbers("align"):
+    if not ledger.numbers("align" if settings.align else "register"):
         return len(plan.units)
-    return sum(not holds_aligned(ledger, unit, marker) for unit in plan.units)
+    return sum(not is_done(ledger, unit, marker, align=settings.align) for unit in plan.units)
 
 
 def _home(out: Path) -> Path:
@@ -128,7 +129,7 @@ def _sum_up(
 ) -> Forecast:
     itemsize = output_dtype(source.dtype, settings.interpolation).itemsize
     frames = min(plan.frames, left * plan.unit_frames)
-    most = frames * math.prod(source.shape[1:]) * itemsize
+    most = frames * math.prod(source.shape[1:]) * itemsize * settings.align
     units = len({record.unit for record in tried})
     written = sum(seal.size for record in tried for seal in record.files.values())
     seconds = sum(record.seconds for record in tried)

@@ -1,5 +1,7 @@
 """One driver per output: a lease with a heartbeat, and the fence that keeps out whoever was replaced.
 
+Or several, each for a part of its own: they have a lease each, and keep out everybody but each other.
+
 Whoever writes into a run's folder, driver or worker, does so while it holds a shared lock and after a look at the
 lease; a new driver takes over under the exclusive lock. So a writer that was paused, or that belongs to an earlier
 run, can never put its result over a newer one.
@@ -23,6 +25,7 @@ import pydantic
 
 from stillframe.durable import write_draft
 from stillframe.errors import LeaseError, OutputLost
+from stillframe.units import Share
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a lease."""
@@ -52,13 +55,31 @@ class Holder(pydantic.BaseModel):
     """When it took the lease, in words."""
     token: str = ""
     """Different for every lease ever taken."""
+    share: str = ""
+    """The part of the stack that it does, where it is not all, such as 3/16."""
 
     @classmethod
-    def me(cls) -> "Holder":
+    def me(cls, share: Share | None = None) -> "Holder":
         """Describe this process, now."""
         pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         born = psutil.Process(pid).create_time()
-        return cls(host=socket.gethostname(), pid=pid, born=born, since=now, token=uuid.uuid4().hex)
+        part = str(share or "")
+        return cls(host=socket.gethostname(), pid=pid, born=born, since=now, token=uuid.uuid4().hex, share=part)
+
+    def __str__(self) -> str:
+        """Who that is, in words."""
+        part = f", part {self.share}," if self.share else ""
+        return f"process {self.pid} on {self.host}{part} since {self.since}"
+
+    @property
+    def file(self) -> str:
+        """Name of its lease."""
+        return f"lease.{self.share.replace('/', '-of-')}.json" if self.share else "lease.json"
+
+    def goes_with(self, other: "Holder") -> bool:
+        """Tell whether both can drive a run at a time: they do different parts of the same division."""
+        mine, theirs = (one.share.partition("/") for one in (self, other))
+        return bool(self.share and other.share) and mine[0] != theirs[0] and mine[2] == theirs[2]
 
     def lives(self, silent: float) -> bool:
         """Tell whether it still drives, after so many seconds without a sign of life."""
@@ -74,18 +95,29 @@ class Holder(pydantic.BaseModel):
             return False
 
 
-def _lease_file(folder: Path) -> Path:
-    return folder / "lease.json"
+def _lease_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("lease*.json"))
 
 
-def read_lease(folder: Path, now: float | None = None) -> Holder | None:
-    """Return who drives this run, or None; ``now`` is the time by the clock of the file system."""
+def is_lease(name: str) -> bool:
+    """Tell whether a file in a run's folder is a lease by its name."""
+    return name.startswith("lease") and name.endswith(".json")
+
+
+def read_leases(folder: Path, now: float | None = None) -> list[Holder]:
+    """Return who drives this run; ``now`` is the time by the clock of the file system."""
+    found = (_living(file, time.time() if now is None else now) for file in _lease_files(folder))
+    return [holder for holder in found if holder]
+
+
+def _living(file: Path, now: float) -> Holder | None:
+    """Return the holder of a lease, None where it is void."""
     try:
-        holder = Holder.model_validate_json(_lease_file(folder).read_bytes())
-        seen = _lease_file(folder).stat().st_mtime
+        holder = Holder.model_validate_json(file.read_bytes())
+        seen = file.stat().st_mtime
     except (OSError, ValueError):
         return None
-    return holder if holder.lives((time.time() if now is None else now) - seen) else None
+    return holder if holder.lives(now - seen) else None
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,13 @@ class Claim:
     """The run's folder."""
     token: str
     """That of the lease."""
+    file: str = "lease.json"
+    """Its name."""
+
+    @property
+    def path(self) -> Path:
+        """Where the lease lies."""
+        return self.folder / self.file
 
     def check(self) -> None:
         """Raise ``LeaseError`` if another driver has taken over, ``OutputLost`` if there is no folder any more."""
@@ -108,7 +147,7 @@ class Claim:
     def holds(self) -> bool:
         """Tell whether the lease is still the one that was taken."""
         try:
-            return Holder.model_validate_json(_lease_file(self.folder).read_bytes()).token == self.token
+            return Holder.model_validate_json(self.path.read_bytes()).token == self.token
         except ValueError:
             return False
         except FileNotFoundError as error:
@@ -150,32 +189,33 @@ class Lease(Claim):
         while held and not stop.wait(HEARTBEAT):
             with contextlib.suppress(OSError):  # a file system that does not answer now may do so the next time
                 held = self.holds()
-                os.utime(_lease_file(self.folder))
+                os.utime(self.path)
 
     def claim(self) -> Claim:
         """Return what workers need of it."""
-        return Claim(self.folder, self.token)
+        return Claim(self.folder, self.token, self.file)
 
     def give_back(self) -> None:
         """Remove it, if it is still one's own."""
         with contextlib.suppress(OSError, LeaseError), _locked(self.folder, fcntl.LOCK_EX):
             if self.holds():
-                _lease_file(self.folder).unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
 
 
-def refuse_second(folder: Path, now: float | None = None) -> None:
-    """Raise ``LeaseError`` if a living driver works on this folder."""
-    holder = read_lease(folder, now)
-    if holder is not None:
+def refuse_second(folder: Path, now: float | None = None, me: Holder | None = None) -> None:
+    """Raise ``LeaseError`` if a living driver works on this folder, but for parts that go with one's own."""
+    others = [holder for holder in read_leases(folder, now) if me is None or not me.goes_with(holder)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise LeaseError(
-            f"{folder} is being written by process {holder.pid} on {holder.host} since {holder.since}: two drivers "
-            "would mix their results. Wait for it, or stop it and run this again."
+            f"{folder} is being written by {others[0]}{more}: two drivers would mix their results. Wait for it, or "
+            "stop it and run this again."
         )
 
 
 @contextlib.contextmanager
-def lease(folder: Path) -> Iterator[Lease]:
-    """Hold the exclusive right to drive a run's folder, with a sign of life every few seconds.
+def lease(folder: Path, share: Share | None = None) -> Iterator[Lease]:
+    """Hold the exclusive right to drive a run's folder, or a part of it, with a sign of life every few seconds.
 
     Raises
     ------
@@ -183,8 +223,8 @@ def lease(folder: Path) -> Iterator[Lease]:
         Another living driver holds it, named with its machine, process and start; or a writer of an earlier run does
         not end.
     """
-    me = Holder.me()
-    mine = Lease(folder, me.token)
+    me = Holder.me(share)
+    mine = Lease(folder, me.token, me.file)
     _take(folder, me)
     _held.add(me.token)
     stop = threading.Event()
@@ -200,17 +240,44 @@ def lease(folder: Path) -> Iterator[Lease]:
 
 
 def _take(folder: Path, me: Holder) -> None:
-    """Put the lease in place with its content, whole or not at all, a void one removed first."""
+    """Put the lease in place with its content, whole or not at all, void ones removed first."""
     draft = folder / f".lease.{me.token}.partial"
     write_draft(draft, me.model_dump_json().encode())
     try:
         with _locked(folder, fcntl.LOCK_EX):
             os.utime(draft)
-            refuse_second(folder, draft.stat().st_mtime)
-            _lease_file(folder).unlink(missing_ok=True)
-            os.link(draft, _lease_file(folder))
+            now = draft.stat().st_mtime
+            refuse_second(folder, now, me)
+            for void in (file for file in _lease_files(folder) if not _living(file, now)):
+                void.unlink(missing_ok=True)
+            os.link(draft, folder / me.file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, stop: threading.Event) -> Iterator[None]:
+    """Prepare a run while every other part of it waits.
+
+    Raises
+    ------
+    LeaseError
+        The file system has no locks, without which parts would prepare it at the same time.
+    """
+    with (folder / ".parts.lock").open("a+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop.wait(_POLL):
+                    raise KeyboardInterrupt from None
+            except OSError as error:
+                raise LeaseError(
+                    f"the file system of {folder} has no locks ({error.strerror}), so that parts of a run cannot agree "
+                    "who prepares it. Mount it with flock, choose another --out, or run it with --cluster."
+                ) from error
+        yield
 
 
 @contextlib.contextmanager

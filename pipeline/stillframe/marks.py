@@ -23,12 +23,20 @@ _LOOKING = 8
 _SETTINGS = ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
 
 
-def marker_of(settings: Settings, source: FrameSource, reference: Reference, plan: Plan, claim: Claim) -> "Marker":
-    """Put together what units depend on, with the job that their tasks share."""
+def marker_of(
+    settings: Settings,
+    source: FrameSource,
+    reference: Reference,
+    plan: Plan,
+    claim: Claim,
+    units: Sequence[Unit] | None = None,
+) -> "Marker":
+    """Put together what units depend on, or some of them, with the job that their tasks share."""
     stored = ReferenceFile(claim.folder / "reference.zarr", reference.digest)
     job = Job(source, stored, claim, settings.input_check == "contents")
     fill = check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
-    return Marker(reference, plan, AlignUnit(job, settings.interpolation, fill, plan.unit_frames))
+    align = AlignUnit(job, settings.interpolation, fill, plan.unit_frames)
+    return Marker(reference, plan.units if units is None else units, plan.frames, align)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +45,10 @@ class Marker:
 
     reference: Reference
     """What frames are laid on, with its settings."""
-    plan: Plan
-    """The units."""
+    units: Sequence[Unit]
+    """The units that are asked for."""
+    frames: int
+    """Frames of the stack."""
     align_unit: AlignUnit
     """The second stage, with its settings."""
     kept: list[str] = field(default_factory=list)
@@ -64,7 +74,7 @@ class Marker:
         older = self._older(unit, self._files[unit.number]) | {
             "interpolation": self.align_unit.interpolation,
             "fill": mark.facts["fill"],
-            "layout": (self.plan.frames, self.plan.unit_frames),
+            "layout": (self.frames, self.align_unit.unit_frames),
             "shifts": mark.facts["shifts"],
         }
         return replace(mark, older=fingerprint(older))
@@ -82,9 +92,10 @@ class Marker:
         }
 
     @cached_property
-    def _files(self) -> Sequence[Identity]:
+    def _files(self) -> dict[int, Identity]:
         with ThreadPoolExecutor(_LOOKING) as pool:
-            return list(pool.map(self._identity, self.plan.units))
+            found = pool.map(self._identity, self.units)
+            return {unit.number: files for unit, files in zip(self.units, found, strict=True)}
 
     @cached_property
     def _description(self) -> str:

@@ -75,6 +75,13 @@ def holds_aligned(ledger: Ledger, unit: Unit, marker: Marker) -> bool:
     return ledger.finished("align", unit, mark, registered.problems) is not None
 
 
+def is_done(ledger: Ledger, unit: Unit, marker: Marker, *, align: bool) -> bool:
+    """Tell whether all that is asked for of a unit is there, as it would be made now."""
+    if align:
+        return holds_aligned(ledger, unit, marker)
+    return _as_told(ledger, "register", unit, marker.register(unit)) is not None
+
+
 def _as_told(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark) -> UnitRecord | None:
     """Return a record that holds, whatever could not be read."""
     record = ledger.read(stage, unit.number)

@@ -30,15 +30,18 @@ class StoredPlan(pydantic.BaseModel):
     settings: dict[str, Any] = {}
     """Those of the last run, as in settings.toml."""
 
+    parts: int = 0
+    """Parts that independent processes do, where it was run so."""
+
     @property
     def plan(self) -> Plan:
         """The units."""
         return Plan(self.frames, self.unit_frames)
 
 
-def write_plan(folder: Path, plan: Plan, settings: dict[str, Any]) -> None:
+def write_plan(folder: Path, plan: Plan, settings: dict[str, Any], parts: int = 0) -> None:
     """Keep how the stack is cut into units, for a later look and for a later run."""
-    stored = StoredPlan(frames=plan.frames, unit_frames=plan.unit_frames, settings=settings)
+    stored = StoredPlan(frames=plan.frames, unit_frames=plan.unit_frames, settings=settings, parts=parts)
     write_durably(folder / "plan.json", with_checksum(stored.model_dump_json().encode()))
 
 
@@ -57,6 +60,12 @@ def read_plan(folder: Path) -> Plan | None:
     """Return how a run cut its stack, from the records where the plan is damaged; None where no run has begun."""
     stored = read_stored_plan(folder)
     return stored.plan if stored else _plan_of_records(folder)
+
+
+def aligns(folder: Path) -> bool:
+    """Tell whether a run aligns frames, too, or only registers them."""
+    stored = read_stored_plan(folder)
+    return stored is None or stored.settings.get("align", True) is not False
 
 
 def _plan_of_records(folder: Path) -> Plan | None:

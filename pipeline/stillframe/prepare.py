@@ -13,17 +13,18 @@ import numpy.typing as npt
 
 from stillframe.average import chosen_frames, frames_of_kind
 from stillframe.checks import as_mask
+from stillframe.doors import is_private_folder
 from stillframe.durable import digest_of
 from stillframe.errors import NewerVersion
 from stillframe.frames import FrameSource, Reading, frame_coordinates, load_image, load_mask, open_source
 from stillframe.iterate import build_reference
-from stillframe.leases import refuse_second
+from stillframe.leases import Holder, is_lease, refuse_second
 from stillframe.match import match_frames
 from stillframe.ncc import Mask
 from stillframe.noise import Noise, measure_noise
 from stillframe.origin import Origin, read_origin
 from stillframe.plans import StoredPlan, read_plan, read_seals, read_stored_plan
-from stillframe.progress import warn
+from stillframe.progress import is_log, warn
 from stillframe.reference import Reference
 from stillframe.resample import output_dtype
 from stillframe.settings import SETTINGS_VERSION, Settings, make_settings, read_toml
@@ -36,8 +37,10 @@ _MEASURED = 9
 """Frames whose noise is measured."""
 
 
-def check_folder(settings: Settings) -> None:
+def check_folder(settings: Settings, me: Holder | None = None) -> None:
     """See that the folder is new, empty, or that of a run on the same frames which nobody drives.
+
+    Or nobody but those who do other parts of it than oneself.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def check_folder(settings: Settings) -> None:
     plan = read_stored_plan(out)
     if plan or stored.exists():
         _same_run(_settings_of(plan, stored), settings)
-        refuse_second(out)
+        refuse_second(out, me=me)
         return
     strange = sorted(path.name for path in out.glob("*") if not _own(path.name))
     if strange:
@@ -63,14 +66,14 @@ def check_folder(settings: Settings) -> None:
             f"{out} holds {', '.join(strange[:3])}, which no run wrote: nothing of it is touched. "
             "Choose an empty or a new folder."
         )
-    refuse_second(out)
+    refuse_second(out, me=me)
 
 
 def _own(name: str) -> bool:
     """Tell what a run that was killed at its very start leaves."""
-    return name in ("lease.json", ".lease.lock", ".drafts", "run.log") or (
-        name.startswith(".") and name.endswith(".partial")
-    )
+    if is_lease(name) or is_private_folder(name) or (name.startswith(".") and name.endswith(".partial")):
+        return True
+    return name in (".lease.lock", ".parts.lock", ".drafts", "jobs") or is_log(name)
 
 
 def _refuse_newer(out: Path) -> None:

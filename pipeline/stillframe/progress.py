@@ -17,11 +17,11 @@ from rich.table import Table
 
 from stillframe.durable import digest_of
 from stillframe.flags import Flag
-from stillframe.leases import Holder, read_lease
-from stillframe.plans import read_plan
+from stillframe.leases import Holder, read_leases
+from stillframe.plans import aligns, read_plan
 from stillframe.records import Ledger, Stage, UnitRecord
 from stillframe.selftest import Report
-from stillframe.units import Plan, Unit
+from stillframe.units import Plan, Share, Unit
 
 if TYPE_CHECKING:
     from stillframe.forecast import Forecast
@@ -31,6 +31,22 @@ LOG_EVERY = 10.0
 
 log = logging.getLogger("stillframe")
 log.addHandler(logging.NullHandler())
+
+
+def log_name(share: Share | None = None) -> str:
+    """Return the name of a run's log, or of that of a part of it.
+
+    Examples
+    --------
+    >>> log_name(), log_name(Share(3, 16))
+    ('run.log', 'run.3-of-16.log')
+    """
+    return f"run.{share.number}-of-{share.of}.log" if share else "run.log"
+
+
+def is_log(name: str) -> bool:
+    """Tell whether a file in a run's folder is a log by its name."""
+    return name.startswith("run.") and name.endswith(".log")
 
 
 @contextlib.contextmanager
@@ -63,6 +79,11 @@ class _PatientFile(logging.FileHandler):
 def warn(message: str) -> None:
     """Tell something to act on: in the log, and where people look."""
     log.warning(message)
+    say(message)
+
+
+def say(message: str) -> None:
+    """Tell something where people look, and nowhere else."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"stillframe: {message}", markup=False)
 
 
@@ -162,11 +183,14 @@ def read_status(folder: Path) -> list[StageStatus]:
         raise ValueError(f"{folder} holds no run that has begun. Give the folder that 'run --out' names.")
     ledger = Ledger(folder)
     registered = ledger.records("register")
+    register = _stage_status(ledger, "register", registered, plan)
+    if not aligns(folder):
+        return [register]
     shifts = {record.unit: _digest(record) for record in registered if record.matches}
     aligned = [
         record for record in ledger.records("align") if not record.files or record.shifts == shifts.get(record.unit)
     ]
-    return [_stage_status(ledger, "register", registered, plan), _stage_status(ledger, "align", aligned, plan)]
+    return [register, _stage_status(ledger, "align", aligned, plan)]
 
 
 def _digest(record: UnitRecord) -> str:
@@ -212,7 +236,9 @@ def print_status(folder: Path, console: Console) -> bool:
         part = f"{100 * stage.done / stage.total:.0f} %"
         table.add_row(stage.stage, f"{stage.done}/{stage.total}", part, rate, stage.left)
     console.print(table)
-    console.print(_driver(read_lease(folder), all(stage.done == stage.total for stage in stages)))
+    finished = all(stage.done == stage.total for stage in stages)
+    for line in _drivers(read_leases(folder), finished):
+        console.print(line)
     counts = flag_counts(folder)
     console.print("frames: " + ", ".join(f"{number} {name}" for name, number in sorted(counts.items()) if number))
     problems = list(dict.fromkeys(problem for stage in stages for problem in stage.problems))
@@ -221,10 +247,12 @@ def print_status(folder: Path, console: Console) -> bool:
     return not problems
 
 
-def _driver(holder: Holder | None, finished: bool) -> str:
-    if holder:
-        return f"driven by process {holder.pid} on {holder.host} since {holder.since}"
-    return "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"
+def _drivers(holders: list[Holder], finished: bool) -> list[str]:
+    if holders:
+        return [f"driven by {holder}" for holder in holders]
+    return [
+        "finished; nobody drives it" if finished else "not running: give the same 'stillframe run' command to go on"
+    ]
 
 
 def print_forecast(forecast: "Forecast", out: Path, console: Console) -> bool:

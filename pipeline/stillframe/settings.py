@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import tomli_w
@@ -62,24 +62,37 @@ class Settings(pydantic.BaseModel):
     unit_frames: int | None = Field(default=None, ge=1)
     """Frames of a unit, that is of an output shard; chosen from memory and input chunks by default."""
     workers: int | None = Field(default=None, ge=0)
-    """Local worker processes; one per core by default, 0 to work in this process."""
+    """Worker processes; one per core or as many as the cluster's file says by default, 0 to work in this process."""
     scheduler: str | None = None
     """Address or scheduler file of a running dask cluster, instead of local workers."""
+    certificates: Path | None = None
+    """Folder with ca.pem, cert.pem and key.pem to connect to that scheduler with; else as dask is configured."""
+    cluster: str | None = None
+    """Where workers are started: local, a batch system (slurm, pbs, lsf, sge), or a TOML file that tells its jobs."""
     memory: float | None = Field(default=None, gt=0)
     """Memory per worker, GiB; from the machine or the cluster by default."""
 
-    @pydantic.field_validator("reference", "scheduler")
+    align: bool = True
+    """Whether frames are aligned, or only registered."""
+
+    @pydantic.field_validator("reference", "scheduler", "cluster")
     @classmethod
     def _absolute_if_file(cls, value: str | None) -> str | None:
         """Settings are read again from other folders."""
         known = value is not None and Path(value).expanduser().exists()
         return str(Path(str(value)).expanduser().absolute()) if known else value
 
-    @pydantic.field_validator("frames", "out", "mask")
+    @pydantic.field_validator("frames", "out", "mask", "certificates")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         """Workers may run in other folders."""
         return None if path is None else path.expanduser().absolute()
+
+    @pydantic.model_validator(mode="after")
+    def _one_cluster(self) -> Self:
+        if self.cluster and self.scheduler:
+            raise ValueError("a cluster is to be started and a scheduler to be connected to: give one of them")
+        return self
 
     def to_toml(self) -> str:
         """Return the settings as TOML; what is not set is left out."""
@@ -122,9 +135,13 @@ def make_settings(values: dict[str, Any]) -> Settings:
     try:
         return Settings(**values)
     except pydantic.ValidationError as error:
-        lines = (f"  {_say(problem)}" for problem in error.errors())
-        text = "\n".join(("the settings cannot be used:", *lines, "Correct them in the flags or in the settings file."))
-        raise ValueError(text) from None
+        advice = "Correct them in the flags or in the settings file."
+        raise ValueError(in_words("the settings cannot be used:", error, advice)) from None
+
+
+def in_words(head: str, error: pydantic.ValidationError, advice: str) -> str:
+    """Return every mistake that was found, a line each."""
+    return "\n".join((head, *(f"  {_say(problem)}" for problem in error.errors()), advice))
 
 
 def _say(problem: Any) -> str:

@@ -77,7 +77,24 @@ class RegisterUnit:
 
     job: Job
 
-    def record(self, unit: Unit, mark: Mark, reading: Reading, began: float) -> UnitRecord:
+    def __call__(self, work: tuple[Unit, Mark]) -> UnitRecord:
+        """Register one unit durably and return its record."""
+        return self.begin(*work)[0]
+
+    def begin(self, unit: Unit, mark: Mark) -> tuple[UnitRecord, Reading | None]:
+        """Register one unit durably and return what was read for it, too.
+
+        A unit that is finished by now, by a worker that could not say so any more, is not read again.
+        """
+        self.job.claim.check()
+        if known := self.job.ledger.finished("register", unit, mark):
+            return known, None
+        self.job.reference.load()  # what it takes for a while is free again before the frames are read
+        began = time.perf_counter()
+        reading = self.job.read(unit, mark)
+        return self._record(unit, mark, reading, began), reading
+
+    def _record(self, unit: Unit, mark: Mark, reading: Reading, began: float) -> UnitRecord:
         """Register what was read and make it durable."""
         matches = _match_reading(reading.frames, reading.damaged, self.job.reference.load())
         record = _record("register", unit, mark, began, problems=reading.problems, matches=from_matches(matches))
@@ -166,24 +183,14 @@ class BothStages:
     def __call__(self, work: tuple[Unit, Mark]) -> UnitRecord:
         """Register and align one unit durably and return the record of the first stage.
 
-        What keeps the second from being finished is left to it, except what every other unit would meet too. A unit
-        that is finished by now, by a worker that could not say so any more, is not done again.
+        What keeps the second from being finished is left to it, except what every other unit would meet too.
         """
         unit, mark = work
-        job = self.register.job
-        job.claim.check()
-        if known := job.ledger.finished("register", unit, mark):
-            moves = moves_of(known)
-            with _left_to_its_stage():
-                self.align((unit, self.align.mark(mark, moves), moves))
-            return known
-        job.reference.load()  # what it takes for a while is free again before the frames are read
-        began = time.perf_counter()
-        reading = job.read(unit, mark)
-        registered = self.register.record(unit, mark, reading, began)
+        registered, reading = self.register.begin(unit, mark)
         moves = moves_of(registered)
+        mark = self.align.mark(mark, moves)
         with _left_to_its_stage():
-            self.align.record(unit, self.align.mark(mark, moves), moves, reading)
+            self.align((unit, mark, moves)) if reading is None else self.align.record(unit, mark, moves, reading)
         return registered
 
 

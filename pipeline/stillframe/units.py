@@ -4,8 +4,12 @@ A unit is the frames of one output shard: one task, one writer, one record.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TARGET_BYTES = 128 * 2**20
 """Input bytes of a unit, where memory and the input's chunks allow it."""
@@ -56,6 +60,46 @@ class Unit:
     def __str__(self) -> str:
         """Frame range as people write it."""
         return frame_range(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a stack that one of several independent processes does."""
+
+    number: int
+    """Which part, from 1 on."""
+    of: int
+    """How many parts there are."""
+
+    def __str__(self) -> str:
+        """Number and count as people write them."""
+        return f"{self.number}/{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Read "3/16".
+
+        Raises
+        ------
+        ValueError
+            Not such a part.
+
+        Examples
+        --------
+        >>> Share.parse("3/16").units(range(32))
+        range(4, 6)
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(
+                f"{text!r} is no part of a run: parts are counted from 1, as in 3/16. For a Slurm array give "
+                "--array=1-16 and --shard $SLURM_ARRAY_TASK_ID/16."
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def units(self, units: Sequence[T]) -> Sequence[T]:
+        """Return this part of all units, neighbours together."""
+        return units[(self.number - 1) * len(units) // self.of : self.number * len(units) // self.of]
 
 
 @dataclass(frozen=True)

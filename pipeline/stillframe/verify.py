@@ -13,9 +13,9 @@ import numpy as np
 import xarray as xr
 
 from stillframe.durable import Seal, digest_of
-from stillframe.leases import drafts_of, lease, read_lease
+from stillframe.leases import drafts_of, lease, read_leases
 from stillframe.origin import read_origin
-from stillframe.plans import StoredPlan, read_plan, read_seals, read_stored_plan
+from stillframe.plans import StoredPlan, aligns, read_plan, read_seals, read_stored_plan
 from stillframe.records import STAGES, Ledger, Stage, UnitRecord
 from stillframe.settings import Settings, make_settings, read_toml
 from stillframe.store import load_reference, store_files, strange_shards
@@ -70,7 +70,7 @@ def verify(folder: Path, on_unit: Callable[[Unit], None] = lambda _: None) -> Ve
     """
     folder = folder.expanduser().absolute()
     plan = known_plan(folder)
-    look = _Look(folder, plan)
+    look = _Look(folder, plan, aligns(folder))
     units = list(look.units(on_unit))
     findings = [*look.driver(), *look.plan_and_settings(), *look.reference(), *units, *look.stores()]
     return Verification(folder, plan, findings, look.files)
@@ -127,6 +127,7 @@ class _Look:
 
     folder: Path
     plan: Plan
+    aligns: bool
     files: int = 0
 
     @property
@@ -136,9 +137,9 @@ class _Look:
 
     def driver(self) -> Iterator[Finding]:
         """Tell that a run is still under way, or left drafts behind."""
-        holder = read_lease(self.folder)
-        if holder:
-            yield Finding(f"process {holder.pid} on {holder.host} works on it since {holder.since}: it is not finished")
+        holders = read_leases(self.folder)
+        if holders:
+            yield Finding(f"it is not finished: {holders[0]} works on it")
         elif drafts_of(self.folder).exists() or not (self.folder / "seals.json").exists():
             yield Finding("the last run did not finish: give the same 'stillframe run' command to go on")
 
@@ -184,7 +185,8 @@ class _Look:
 
     def _unit(self, unit: Unit) -> list[Finding]:
         registered, aligned = (self.ledger.read(stage, unit.number) for stage in STAGES)
-        return [*self._registered(unit, registered), *self._aligned(unit, aligned, registered)]
+        found = [*self._registered(unit, registered)]
+        return [*found, *self._aligned(unit, aligned, registered)] if self.aligns else found
 
     def _registered(self, unit: Unit, record: UnitRecord | None) -> Iterator[Finding]:
         place: tuple[tuple[Stage, int], ...] = (("register", unit.number),)
@@ -244,8 +246,7 @@ class _Look:
         try:
             with xr.open_zarr(self.folder / "shifts.zarr", chunks=None, consolidated=False) as shifts:
                 found = shifts["shift"].values
-            with xr.open_zarr(self.folder / "aligned.zarr", chunks=None, consolidated=False) as aligned:
-                complete, missing = aligned.attrs.get("complete"), aligned.attrs.get("missing")
+            complete, missing = self._completeness()
         except Exception as error:  # whatever damaged metadata and chunks make Zarr raise
             yield Finding(f"a store cannot be read: {type(error).__name__}: {error}")
             return
@@ -253,6 +254,13 @@ class _Look:
             yield Finding("shifts.zarr does not hold the shifts of the records")
         if not complete and not missing:
             yield Finding("aligned.zarr is marked incomplete: frames are still to come")
+
+    def _completeness(self) -> tuple[Any, Any]:
+        """Return what the store of aligned frames says of itself."""
+        if not self.aligns:
+            return True, []
+        with xr.open_zarr(self.folder / "aligned.zarr", chunks=None, consolidated=False) as aligned:
+            return aligned.attrs.get("complete"), aligned.attrs.get("missing")
 
 
 def _hold(shifts: Any, frames: int, records: Sequence[UnitRecord]) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from faulty import LONG, finish
 from faulty import settings as settings_of
 from stillframe.frames import frame_coordinates, load_image, load_mask, open_source
-from stillframe.leases import read_lease
+from stillframe.leases import read_leases
 from stillframe.origin import read_origin
 from stillframe.plans import read_plan, read_seals
 from stillframe.prepare import check_folder
@@ -161,7 +161,7 @@ def test_files_of_a_run(data, name, whole, stored, tmp_path, tried):
     content = data.draw(spoiled(before) | (changed_json(before) if name.endswith("json") else st.nothing()))
     (out / name).write_bytes(content)
     try:
-        for look in (read_plan, read_seals, read_status, read_lease, lambda o: read_origin(o / "reference.json")):
+        for look in (read_plan, read_seals, read_status, read_leases, lambda o: read_origin(o / "reference.json")):
             look(out)
         check_folder(settings_of(stored, out))
     except (*EXPECTED, RuntimeError) as error:

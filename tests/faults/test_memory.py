@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from faulty import LONG, Cluster, Started, command, wait_for
-from stillframe.clusters import process_memory
+from stillframe.executors import process_memory
 from stillframe.frames import open_source
 from stillframe.scene import Experiment
 from stillframe.store import codec

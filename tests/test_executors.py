@@ -3,8 +3,8 @@ import threading
 import pytest
 
 from racers import Broken, Flaky, Unfetchable
-from stillframe.clusters import InProcess, OnCluster, results
 from stillframe.errors import RunStopped
+from stillframe.executors import InProcess, OnCluster, results
 
 
 @pytest.fixture(params=["here", "cluster"])
@@ -57,11 +57,10 @@ def test_a_stop_from_elsewhere_ends_it(executor):
 def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
     from distributed import Client, LocalCluster
 
-    monkeypatch.setattr("stillframe.clusters._WITHOUT_WORKERS", 0.2)
+    monkeypatch.setattr("stillframe.executors._WITHOUT_WORKERS", 0.2)
     stop = threading.Event()
     with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster) as client:
-        monkeypatch.setattr(cluster, "scale", lambda _: None)
-        executor = OnCluster(client, 2**30, stop, "no worker", 1, own=own)
+        executor = OnCluster(client, 2**30, stop, "no worker", 1, keep=(lambda: None) if own else None)
         if own:
             with pytest.raises(RunStopped, match="all worker processes ended"):
                 list(results(executor, str, [1]))
@@ -92,5 +91,5 @@ def test_workers_of_ones_own_are_brought_back():
     from distributed import Client, LocalCluster
 
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
-        executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, own=True)
+        executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, keep=lambda: cluster.scale(1))
         assert list(results(executor, str, [1])) == [(1, "1")]

@@ -1,0 +1,267 @@
+"""Workers as jobs of a batch system, through dask-jobqueue: one process a job, replaced when it ends.
+
+Each worker leaves by itself before its walltime is over, so that it hands back what it has not begun; whoever is
+killed, preempted or cancelled is asked for again. Doors are closed: see :mod:`stillframe.doors`.
+"""
+
+import contextlib
+import importlib
+import os
+import re
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pydantic
+from pydantic import Field
+
+from stillframe.doors import Keys, for_those_who_know, make_keys, secret
+from stillframe.errors import RunStopped
+from stillframe.progress import log, say
+from stillframe.settings import Settings, in_words, read_toml
+
+System = Literal["slurm", "pbs", "lsf", "sge"]
+SYSTEMS: tuple[System, ...] = get_args(System)
+"""Batch systems that are known."""
+
+_CLASSES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
+_NO_REQUEUE = {"slurm": "--no-requeue", "pbs": "-r n", "lsf": "-rn", "sge": "-r n"}
+"""A job that is started again would come in addition to the one that replaces it."""
+_ACCOUNT = {"slurm": "account", "pbs": "account", "lsf": "project", "sge": "project"}
+_WALLTIME = r"^(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)$"
+_MARGIN, _LONGEST_MARGIN = 0.1, 600.0
+"""How long before its walltime a worker leaves: a tenth of it, or this many seconds."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_ARENA_MAX": 1}
+"""Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
+kernel must clear: half of what decoding it takes."""
+_THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA", "NUMEXPR")
+_WITHOUT_SCHEDULER = 60
+"""Seconds after which a worker whose driver is gone ends its job."""
+_REPLACE = "2s"
+"""Time between two looks whether there are as many workers as there should be."""
+
+
+class Jobs(pydantic.BaseModel):
+    """What to ask a batch system for; every field but the system has a default that works at many centres.
+
+    Examples
+    --------
+    >>> Jobs(system="slurm", walltime="04:00:00").leaves_after
+    (13500.0, 300.0)
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    system: System
+    """Batch system."""
+    jobs: int = Field(default=4, ge=1)
+    """Jobs, of one worker process with one thread each; --workers goes before it."""
+    memory: float = Field(default=4.0, gt=0)
+    """Memory of a job, GiB; --memory goes before it."""
+    walltime: str = Field(default="01:00:00", pattern=_WALLTIME)
+    """Time of a job, HH:MM:SS or D-HH:MM:SS."""
+    lifetime: float | None = Field(default=None, gt=0)
+    """Seconds after which a worker leaves; by default a tenth, or ten minutes, before its walltime."""
+    queue: str | None = None
+    """Partition or queue."""
+    account: str | None = None
+    """Account or project to be charged."""
+    interface: str | None = None
+    """Network interface of the nodes, such as ib0."""
+    driver_interface: str | None = None
+    """That of the machine where the command runs, if it has another name there."""
+    scratch: str = "${TMPDIR:-/tmp}"
+    """Folder of each node for dask's own files; a shell expands it there."""
+    log: Path | None = None
+    """Folder of the jobs' logs; ``jobs`` in the run's folder by default."""
+    directives: list[str] = []
+    """Further lines for the head of the job script, such as "--constraint=rome"."""
+    prologue: list[str] = []
+    """Commands before the worker starts, such as "module load gcc"."""
+    python: str | None = None
+    """The Python of the jobs; the one that runs this by default."""
+
+    @property
+    def seconds(self) -> int:
+        """Walltime."""
+        days, hours, minutes, seconds = self._walltime
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
+    def _walltime(self) -> tuple[int, ...]:
+        found = re.match(_WALLTIME, self.walltime)
+        assert found
+        return tuple(int(part or 0) for part in found.groups())
+
+    @property
+    def leaves_after(self) -> tuple[float, float]:
+        """Seconds after which workers leave, and by how much that differs from one to the next at most."""
+        margin = min(_MARGIN * self.seconds, _LONGEST_MARGIN)
+        lifetime = self.lifetime or self.seconds - margin
+        return lifetime, min(margin / 2, 0.1 * lifetime) if self.lifetime else margin / 2
+
+    @property
+    def time(self) -> str:
+        """Walltime as the batch system reads it."""
+        days, hours, minutes, seconds = self._walltime
+        hours += 24 * days
+        return f"{hours}:{minutes:02}" if self.system == "lsf" else f"{hours:02}:{minutes:02}:{seconds:02}"
+
+
+def is_system(name: str) -> bool:
+    """Tell whether a word is the name of a batch system."""
+    return name in SYSTEMS
+
+
+def read_jobs(cluster: str) -> Jobs:
+    """Return what a name, or a TOML file, asks for.
+
+    Raises
+    ------
+    ValueError
+        Tells every mistake in the file.
+    FileNotFoundError
+        Neither a known name nor a file.
+    """
+    if is_system(cluster):
+        return Jobs(system=cluster)  # type: ignore[arg-type]
+    path = Path(cluster)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--cluster {cluster} is neither local, {', '.join(SYSTEMS)} nor a file. Begin with a copy of "
+            "cluster/slurm.toml."
+        )
+    try:
+        return Jobs(**read_toml(path))
+    except pydantic.ValidationError as error:
+        raise ValueError(in_words(f"{path} cannot be used:", error, "Correct it there.")) from None
+
+
+def with_settings(jobs: Jobs, settings: Settings) -> Jobs:
+    """Let what was said for this run go before what is said for all."""
+    said = {"jobs": settings.workers, "memory": settings.memory}
+    given = {name: value for name, value in said.items() if value}
+    return jobs.model_copy(update=given | {"log": jobs.log or settings.out / "jobs"})
+
+
+@contextlib.contextmanager
+def started(jobs: Jobs, private: Path) -> Iterator[Any]:
+    """Start a scheduler in this process and ask for the jobs; yield a client, with nobody connected yet perhaps.
+
+    Raises
+    ------
+    RunStopped
+        The batch system takes no such job.
+    """
+    import dask
+    from distributed import Client
+
+    _refuse_spaces(private)
+    keys, word = make_keys(private / "keys"), secret()
+    with dask.config.set(_CONFIGURATION), _cluster_class(jobs.system)(**arguments(jobs, keys, word)) as cluster:
+        for_those_who_know(cluster.scheduler, word)
+        _submit(cluster, jobs)
+        _tell_pages(cluster.scheduler, word)
+        with Client(cluster, security=keys.security()) as client:
+            yield client
+
+
+_CONFIGURATION = {
+    "distributed.scheduler.worker-saturation": 1.1,  # one unit waits on each worker, no more: they are long
+    "distributed.deploy.lost-worker-timeout": "3s",
+}
+
+
+def _cluster_class(system: System) -> Any:
+    try:
+        return getattr(importlib.import_module("dask_jobqueue"), _CLASSES[system])
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--cluster {system} needs dask-jobqueue ({error}). Install it: pip install 'stillframe[cluster]'."
+        ) from error
+
+
+def arguments(jobs: Jobs, keys: Keys, word: str) -> dict[str, Any]:
+    """Return what dask-jobqueue is to be told."""
+    lifetime, stagger = jobs.leaves_after
+    leaving = ["--lifetime", f"{lifetime:.0f}s", "--lifetime-stagger", f"{stagger:.0f}s"]
+    loopback = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+    known = {
+        "queue": jobs.queue,
+        _ACCOUNT[jobs.system]: jobs.account,
+        "interface": jobs.interface,
+    }
+    scheduler = {"dashboard_address": "127.0.0.1:0", "http_prefix": f"/{word}/"}
+    if where := jobs.driver_interface or jobs.interface:
+        scheduler["interface"] = where
+    return {
+        "cores": 1,
+        "processes": 1,
+        "memory": f"{jobs.memory} GiB",
+        "walltime": jobs.time,
+        "job_extra_directives": [_NO_REQUEUE[jobs.system], *jobs.directives],
+        "job_script_prologue": [*_environment(), *jobs.prologue],
+        "worker_extra_args": [*leaving, *loopback],
+        "death_timeout": _WITHOUT_SCHEDULER,
+        "local_directory": f'"{jobs.scratch}"',
+        "log_directory": str(jobs.log),
+        "python": shlex.quote(jobs.python or sys.executable),
+        "job_name": "stillframe",
+        "protocol": "tls://",
+        "security": keys.security(),
+        "scheduler_options": scheduler,
+        **{name: value for name, value in known.items() if value},
+    }
+
+
+def _environment() -> list[str]:
+    """One thread a process, memory that is used again, no page but the scheduler's."""
+    variables = {f"{name}_NUM_THREADS": 1 for name in _THREADS} | {"BLOSC_NTHREADS": 1} | MALLOC
+    pages = "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"
+    return [*(f"export {name}={value}" for name, value in variables.items()), pages]
+
+
+def _refuse_spaces(path: Path) -> None:
+    if shlex.quote(str(path)) != str(path):
+        raise ValueError(
+            f"{path.parent} has characters that job scripts cannot hold. Choose an --out without spaces and signs."
+        )
+
+
+def _submit(cluster: Any, jobs: Jobs) -> None:
+    """Ask for the jobs once, where an error is heard, and keep their number from then on."""
+    try:
+        cluster.scale(jobs.jobs)
+        cluster.sync(cluster._correct_state)
+    except (RuntimeError, OSError) as error:
+        raise RunStopped(
+            f"{jobs.system} takes no such job: {_last_lines(error)}. Correct the file given as --cluster, or the "
+            "settings; nothing is lost."
+        ) from error
+    cluster.adapt(minimum=jobs.jobs, maximum=jobs.jobs, interval=_REPLACE)
+    log.info("asked %s for %d jobs of %g GiB and %s", jobs.system, jobs.jobs, jobs.memory, jobs.walltime)
+
+
+def _last_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[-3:])
+
+
+def _tell_pages(scheduler: Any, word: str) -> None:
+    """Say, on the terminal alone, how to look at dask's pages from elsewhere; the log may be read by others."""
+    port = scheduler.http_server.port
+    say(
+        f"dask's pages: ssh -N -L {port}:127.0.0.1:{port} {os.environ.get('USER', '')}@{socket.getfqdn()}\n"
+        f"then http://127.0.0.1:{port}/{word}/status"
+    )
+
+
+def absent(jobs: Jobs) -> str:
+    """Return what to say while no worker is there."""
+    look = {"slurm": "squeue --me", "pbs": "qstat -u $USER", "lsf": "bjobs", "sge": "qstat"}[jobs.system]
+    return f"'{look}' tells why jobs wait, and {jobs.log} why they ended. Stopping this loses nothing."
