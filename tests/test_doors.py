@@ -1,0 +1,284 @@
+"""Who is kept out: tried with a plain client, a foreign certificate, another user, and pages from elsewhere."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+
+from stillframe.clusters import executor
+from stillframe.doors import (
+    CERTIFICATES,
+    for_those_who_know,
+    known_keys,
+    make_keys,
+    private_folder,
+    refuse_foreign,
+    sweep,
+    warn_of_open_door,
+    warn_of_open_folder,
+)
+from stillframe.settings import Settings
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")
+
+
+def mode(path):
+    return oct(stat.S_IMODE(path.stat().st_mode))
+
+
+class TestPrivateFolder:
+    def test_is_its_owners_and_gone_at_the_end(self, tmp_path):
+        with private_folder(tmp_path) as folder:
+            make_keys(folder / "keys")
+            assert mode(folder) == mode(folder / "keys") == "0o700"
+            assert {mode(folder / "keys" / name) for name in CERTIFICATES} == {"0o600"}
+        assert list(tmp_path.iterdir()) == []
+
+    def test_of_a_living_session_is_left_alone(self, tmp_path):
+        with private_folder(tmp_path) as folder, private_folder(tmp_path) as other:
+            sweep(tmp_path)
+            assert folder.is_dir() and other.is_dir()
+
+    def test_of_a_session_that_was_killed_is_swept(self, tmp_path):
+        script = (
+            "import sys, time, pathlib; from stillframe.doors import private_folder\n"
+            "with private_folder(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+        with process:
+            process.stdout.readline()
+            process.send_signal(signal.SIGKILL)
+        assert len(list(tmp_path.glob(".cluster.*"))) == 1
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    @as_root
+    def test_cannot_be_looked_into_by_another_user(self, tmp_path):
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        with private_folder(tmp_path) as folder:
+            key = make_keys(folder / "keys").folder / "key.pem"
+            told = subprocess.run(["cat", key], user="nobody", capture_output=True, text=True, check=False)
+        assert "Permission denied" in told.stderr and not told.stdout
+
+
+class TestKnownKeys:
+    def test_are_those_that_were_made(self, tmp_path):
+        made = make_keys(tmp_path / "keys")
+        assert known_keys(tmp_path / "keys") == made
+        assert made.security().require_encryption
+
+    def test_are_never_written_over(self, tmp_path):
+        make_keys(tmp_path / "keys")
+        with pytest.raises(FileExistsError):
+            make_keys(tmp_path / "keys")
+
+    def test_name_what_is_missing(self, tmp_path):
+        make_keys(tmp_path / "keys")
+        (tmp_path / "keys" / "ca.pem").unlink()
+        with pytest.raises(FileNotFoundError, match=r"holds no ca\.pem"):
+            known_keys(tmp_path / "keys")
+
+    @pytest.mark.parametrize(("bits", "who"), [(0o640, "its group"), (0o604, "everybody")])
+    def test_that_others_can_read_are_refused(self, tmp_path, bits, who):
+        keys = make_keys(tmp_path / "keys")
+        (keys.folder / "key.pem").chmod(bits)
+        with pytest.raises(PermissionError, match=f"can be read by {who}"):
+            known_keys(keys.folder)
+
+
+class TestSchedulerFile:
+    @pytest.mark.parametrize("bits", [0o620, 0o602])
+    def test_that_others_can_write_is_refused(self, tmp_path, bits):
+        file = tmp_path / "scheduler.json"
+        file.write_text("{}")
+        file.chmod(bits)
+        with pytest.raises(PermissionError, match="could put a scheduler of theirs"):
+            refuse_foreign(file)
+
+    @as_root
+    def test_of_somebody_else_is_refused(self, tmp_path):
+        file = tmp_path / "scheduler.json"
+        file.write_text("{}")
+        file.chmod(0o600)
+        refuse_foreign(file)
+        shutil.chown(file, "nobody")
+        with pytest.raises(PermissionError, match="its owner, user"):
+            refuse_foreign(file)
+
+
+def test_an_output_that_anybody_may_change_is_told(tmp_path, capsys):
+    warn_of_open_folder(tmp_path)
+    tmp_path.chmod(0o777)
+    warn_of_open_folder(tmp_path)
+    assert capsys.readouterr().err.count("can be written by everybody") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "who"),
+    [
+        ("tls://10.0.0.1:8786", ""),
+        ("inproc://10.0.0.1/1/1", ""),
+        ("tcp://127.0.0.1:8786", "every user of this machine"),
+        ("tcp://10.0.0.1:8786", "everybody on its network"),
+    ],
+)
+def test_a_scheduler_without_tls_is_told(address, who, capsys):
+    warn_of_open_door(address)
+    told = capsys.readouterr().err
+    assert who in told and bool(told) == bool(who)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The workers that a run starts on this machine."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    with executor(Settings(frames=out, out=out, workers=1), None, threading.Event()) as cluster:
+        yield cluster.client.cluster
+
+
+def page(address):
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return answer.status
+
+
+def refused(address):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        page(address)
+    with error.value as answer:
+        return answer.code == 404
+
+
+KNOCK = """
+import sys
+from pathlib import Path
+from distributed import Client
+from stillframe.doors import Keys
+
+try:
+    keys = {"security": Keys(Path(sys.argv[2])).security()} if len(sys.argv) > 2 else {}
+    with Client(sys.argv[1], timeout=3, **keys) as client:
+        print("let in" if client.run(len, "ab") else "")
+except Exception as error:
+    print(type(error).__mro__)
+"""
+
+
+def knock_as_client(*arguments):
+    """Try to connect from a process of its own, and return what came of it."""
+    command = [sys.executable, "-c", KNOCK, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+class TestUninvited:
+    def test_a_client_with_the_key_is_welcome(self, local, tmp_path):
+        keys = local.security
+        for name, content in zip(
+            CERTIFICATES, (keys.tls_ca_file, keys.tls_client_cert, keys.tls_client_key), strict=True
+        ):
+            (tmp_path / name).write_text(content)
+        assert knock_as_client(local.scheduler_address, tmp_path) == "let in"
+
+    def test_a_plain_client_is_refused(self, local):
+        assert "OSError" in knock_as_client(local.scheduler_address.replace("tls", "tcp"))
+        assert "TypeError" in knock_as_client(local.scheduler_address)
+
+    def test_a_foreign_certificate_is_refused(self, local, tmp_path):
+        keys = make_keys(tmp_path / "keys")
+        assert "OSError" in knock_as_client(local.scheduler_address, keys.folder)
+
+    def test_plain_bytes_run_nothing(self, local):
+        """As any process of another user on this machine could send them."""
+
+        async def knock():
+            host, port = local.scheduler_address.removeprefix("tls://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"\x00" * 64)
+            with contextlib.suppress(ConnectionError):
+                answer = await asyncio.wait_for(reader.read(100), 10)
+                assert b"compression" not in answer  # what dask greets those with whom it talks
+            writer.close()
+
+        asyncio.run(knock())
+
+    def test_pages_are_for_those_who_know_the_word(self, local):
+        port = local.scheduler.http_server.port
+        for name in ("", "status", "health", "info/main/workers.html", "sitemap.json", "json/counts.json", "metrics"):
+            assert refused(f"http://127.0.0.1:{port}/{name}")
+
+    def test_everything_listens_on_loopback(self, local):
+        me = psutil.Process()
+        listening = [
+            connection.laddr.ip
+            for process in (me, *me.children(recursive=True))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) >= 4
+        assert set(listening) == {"127.0.0.1"}
+
+    def test_workers_have_no_pages(self, local):
+        workers = local.scheduler_info["workers"].values()
+        for worker in workers:
+            assert refused(f"http://127.0.0.1:{worker['services']['dashboard']}/health")
+
+
+def test_pages_below_the_word_are_there():
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0", scheduler_kwargs={"http_prefix": "/word/"}
+    ) as cluster:
+        for_those_who_know(cluster.scheduler, "word")
+        port = cluster.scheduler.http_server.port
+        assert page(f"http://127.0.0.1:{port}/word/health") == 200
+        assert refused(f"http://127.0.0.1:{port}/health")
+        assert refused(f"http://127.0.0.1:{port}/wordless/health")
+
+
+@as_root
+@pytest.mark.skipif(not shutil.which("ip"), reason="no ip command to make a network namespace with")
+def test_pages_cannot_be_reached_from_another_machine(local):
+    """From a network namespace, joined to this one as a neighbour is by a cable."""
+    name, port = f"sf{os.getpid()}", local.scheduler.http_server.port
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
+    try:
+        for line in (
+            f"link add {name}a type veth peer name {name}b netns {name}",
+            f"addr add 10.123.45.1/30 dev {name}a",
+            f"link set {name}a up",
+            f"-n {name} addr add 10.123.45.2/30 dev {name}b",
+            f"-n {name} link set {name}b up",
+        ):
+            subprocess.run(["ip", *line.split()], check=True)
+        knock = (
+            "import socket, sys\n"
+            "with socket.create_server(('10.123.45.2', 0)): pass\n"  # the cable is there
+            "for port in map(int, sys.argv[1:]):\n"
+            "    with socket.socket() as one:\n"
+            "        one.settimeout(5)\n"
+            "        print(one.connect_ex(('10.123.45.1', port)))\n"
+        )
+        scheduler = local.scheduler_address.rsplit(":", 1)[1]
+        with socket.create_server(("10.123.45.1", 0)) as known:
+            ports = (str(known.getsockname()[1]), str(port), scheduler)
+            command = ["ip", "netns", "exec", name, sys.executable, "-c", knock, *ports]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert told[0] == "0"
+        assert "0" not in told[1:]
+    finally:
+        subprocess.run(["ip", "link", "del", f"{name}a"], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], check=False)

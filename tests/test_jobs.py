@@ -1,0 +1,123 @@
+"""What batch systems are asked for; a real Slurm is tried in tests/slurm."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from stillframe.doors import make_keys
+from stillframe.jobs import SYSTEMS, Jobs, _cluster_class, arguments, read_jobs, with_settings
+from stillframe.settings import Settings
+
+OURS = Path(__file__).parents[1] / "cluster" / "slurm.toml"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The job script that a file of jobs comes to; no batch system is asked."""
+    pytest.importorskip("dask_jobqueue")
+    keys = make_keys(tmp_path / "keys")
+
+    def made(jobs):
+        given = arguments(with_settings(jobs, Settings(frames="frames.zarr", out=tmp_path / "run")), keys, "word")
+        given = {name: value for name, value in given.items() if name not in ("scheduler_options",)}
+        return _cluster_class(jobs.system).job_cls("tls://10.0.0.1:8786", name="worker", **given).job_script()
+
+    return made
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+class TestEveryJobScript:
+    def test_asks_for_one_process_that_leaves_in_time(self, script, system):
+        words = script(Jobs(system=system, walltime="04:00:00")).split()
+        assert words[words.index("--lifetime") + 1] == "13800s"
+        assert words[words.index("--lifetime-stagger") + 1] == "300s"
+        assert words[words.index("--nthreads") + 1] == "1"
+        assert "--nworkers" not in words
+        assert words[words.index("--death-timeout") + 1] == "60"
+
+    def test_closes_the_doors(self, script, system):
+        text = script(Jobs(system=system))
+        assert "--protocol tls" in text
+        assert all(f"--tls-{name} " in text for name in ("ca-file", "cert", "key"))
+        assert "--dashboard-address 127.0.0.1:0 --no-dashboard" in text
+        assert "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'" in text
+
+    def test_sets_every_pool_of_threads_to_one(self, script, system):
+        text = script(Jobs(system=system))
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            assert f"export {name}=1\n" in text
+        assert "export BLOSC_NTHREADS=1\n" in text
+
+    def test_is_not_started_again_by_the_batch_system(self, script, system):
+        sign = {"slurm": "#SBATCH --no-requeue", "pbs": "#PBS -r n", "lsf": "#BSUB -rn", "sge": "#$ -r n"}[system]
+        assert sign in script(Jobs(system=system))
+
+    def test_holds_what_users_add(self, script, system):
+        jobs = Jobs(
+            system=system,
+            queue="long",
+            account="mine",
+            scratch="/local",
+            directives=["--other"],
+            prologue=["module load gcc"],
+        )
+        text = script(jobs)
+        for word in ("long", "mine", '--local-directory "/local"', "--other", "\nmodule load gcc\n", sys.executable):
+            assert word in text
+
+
+@pytest.mark.parametrize(
+    ("system", "walltime", "written"),
+    [
+        ("slurm", "1-02:00:00", "26:00:00"),
+        ("pbs", "96:00:00", "96:00:00"),
+        ("sge", "00:30:00", "00:30:00"),
+        ("lsf", "26:05:00", "26:05"),
+    ],
+)
+def test_walltimes_are_written_as_the_batch_system_reads_them(script, system, walltime, written):
+    assert f" {written}" in script(Jobs(system=system, walltime=walltime)).replace("=", " ")
+
+
+@pytest.mark.parametrize("walltime", ["00:01:00", "00:10:00", "04:00:00", "7-00:00:00"])
+def test_every_worker_leaves_before_its_walltime(walltime):
+    jobs = Jobs(system="slurm", walltime=walltime)
+    lifetime, stagger = jobs.leaves_after
+    assert 0.8 * jobs.seconds < lifetime - stagger < lifetime + stagger < jobs.seconds
+
+
+def test_the_file_that_users_copy_is_read():
+    jobs = read_jobs(str(OURS))
+    assert (jobs.system, jobs.jobs, jobs.memory, jobs.seconds) == ("slurm", 16, 4.0, 4 * 3600)
+
+
+@pytest.mark.parametrize(
+    "line", [line[2:] for line in OURS.read_text().splitlines() if " = " in line and line[0] == "#"]
+)
+def test_every_line_that_it_suggests_is_understood(line, tmp_path):
+    (tmp_path / "jobs.toml").write_text(f'system = "slurm"\n{line}\n')
+    assert read_jobs(str(tmp_path / "jobs.toml")) != Jobs(system="slurm") or "default" in line or "TMPDIR" in line
+
+
+def test_a_name_alone_will_do():
+    assert read_jobs("pbs") == Jobs(system="pbs")
+
+
+def test_mistakes_are_told_all_at_once(tmp_path):
+    file = tmp_path / "jobs.toml"
+    file.write_text('system = "slrm"\njobs = 0\nwalltime = "soon"\nqeue = "long"\n')
+    with pytest.raises(ValueError, match="cannot be used:") as told:
+        read_jobs(str(file))
+    assert all(word in str(told.value) for word in (str(file), "slrm", "jobs = 0", "soon", "qeue"))
+
+
+def test_neither_a_name_nor_a_file_is_told():
+    with pytest.raises(FileNotFoundError, match="neither local, slurm, pbs, lsf, sge nor a file"):
+        read_jobs("condor")
+
+
+def test_what_a_run_says_goes_before_what_the_file_says():
+    settings = Settings(frames="frames.zarr", out="run", workers=3, memory=7.0)
+    jobs = with_settings(Jobs(system="slurm"), settings)
+    assert (jobs.jobs, jobs.memory, jobs.log) == (3, 7.0, settings.out / "jobs")
