@@ -11,7 +11,7 @@ from pathlib import Path
 from faulty import Started, run_command
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
-UNITS = 600
+UNITS = 320
 """Of the stack that tests run, a frame each."""
 
 

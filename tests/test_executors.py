@@ -60,7 +60,7 @@ def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
     monkeypatch.setattr("stillframe.executors._WITHOUT_WORKERS", 0.2)
     stop = threading.Event()
     with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster) as client:
-        executor = OnCluster(client, 2**30, stop, "no worker", 1, keep=(lambda: None) if own else None)
+        executor = OnCluster(client, 2**30, stop, "no worker", 1, patient=not own)
         if own:
             with pytest.raises(RunStopped, match="all worker processes ended"):
                 list(results(executor, str, [1]))

@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,14 @@ def main() -> None:
     logging.lastResort = None  # what libraries say is in the run's log
     for number in _SIGNALS:
         signal.signal(number, _stop)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if _stopping.is_set():
+            sys.stdout.flush()
+            # Python ends as if by SIGINT where one met an exec() of an import, however well it was handled.
+            os._exit(EXIT_INTERRUPTED if end.code is None else int(end.code))
+        raise
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -22,7 +22,7 @@ from stillframe.doors import (
 )
 from stillframe.durable import make_folder
 from stillframe.executors import Executor, InProcess, OnCluster
-from stillframe.jobs import MALLOC, Jobs, absent, read_jobs, started, with_settings
+from stillframe.jobs import MALLOC, Jobs, Replacer, absent, read_jobs, started, with_settings
 from stillframe.progress import log, warn
 from stillframe.settings import Settings
 from stillframe.workers import demands_of, refuse_unfit_workers
@@ -88,7 +88,8 @@ def _batch(jobs: Jobs, settings: Settings, stop: threading.Event, home: Path) ->
         demands = demands_of(settings.frames, folder)
         refuse_unfit_workers(client, demands)
         cluster = _on(client, int(jobs.memory * 2**30), stop, jobs.jobs)
-        yield replace(cluster, demands=demands, absent=absent(jobs))
+        keep = Replacer(client.cluster, jobs)
+        yield replace(cluster, demands=demands, absent=absent(jobs), keep=keep)
 
 
 @contextlib.contextmanager
@@ -178,7 +179,7 @@ def _local(settings: Settings, stop: threading.Event) -> Iterator[OnCluster]:
     soon = dask.config.set({"distributed.deploy.lost-worker-timeout": "3s"})
     with soon, cluster, Client(cluster) as client:
         # A worker that died while its nanny started it again is brought back by nobody else.
-        yield replace(_on(client, memory, stop, workers), keep=lambda: cluster.scale(workers))
+        yield replace(_on(client, memory, stop, workers), keep=lambda: cluster.scale(workers), patient=False)
 
 
 _LOCAL = {

@@ -175,7 +175,9 @@ class OnCluster:
     name: str
     workers: int
     keep: Callable[[], None] | None = None
-    """Brings back workers that were started here and died, where nobody else does."""
+    """Brings back workers that were started here and died, as far as nobody else does."""
+    patient: bool = True
+    """Whether to wait for workers however long, where none is left."""
     demands: Demands | None = None
     """What workers are refused for lacking; nothing where they run in the driver's own surroundings."""
     absent: str = "Start workers; or stop this, which loses nothing."
@@ -243,12 +245,12 @@ class OnCluster:
         """Say so if nobody is there to do the work; return when to look again."""
         if self.client.status != "running" or self.client.nthreads():
             return _WITHOUT_WORKERS
-        if self.keep and not self._come_back():
+        if not self.patient and not self._come_back():
             raise RunStopped(
                 "all worker processes ended and do not come back; the run's log tells more. What is finished is kept: "
                 "give the same command again, with fewer --workers or more --memory if they ran out of it."
             )
-        if not self.keep:
+        if self.patient:
             warn(f"no worker is connected: waiting. {self.absent}")
         return 10 * _WITHOUT_WORKERS
 

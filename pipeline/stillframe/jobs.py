@@ -4,14 +4,19 @@ Each worker leaves by itself before its walltime is over, so that it hands back 
 killed, preempted or cancelled is asked for again. Doors are closed: see :mod:`stillframe.doors`.
 """
 
+import asyncio
 import contextlib
 import importlib
+import math
 import os
 import re
 import shlex
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +43,16 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MAL
 """Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
 kernel must clear: half of what decoding it takes."""
 _THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA", "NUMEXPR")
+_LOOK = {
+    "slurm": ("squeue", "--noheader", "--format=%A %T", "--jobs"),
+    "pbs": ("qstat",),
+    "lsf": ("bjobs",),
+    "sge": ("qstat", "-j"),
+}
+"""Commands that tell of a job."""
+_OVER = re.compile(r"\b(DONE|EXIT|COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|PREEMPTED|OUT_OF_MEMORY|BOOT_FAIL)\b")
+_UNKNOWN = re.compile("invalid job id|unknown job|has finished|do not exist|not found", re.IGNORECASE)
+_ASK_EVERY, _ANSWERS_WITHIN, _LONGEST_PAUSE = 15.0, 10.0, 60.0
 _WITHOUT_SCHEDULER = 60
 """Seconds after which a worker whose driver is gone ends its job."""
 _REPLACE = "2s"
@@ -236,15 +251,76 @@ def _refuse_spaces(path: Path) -> None:
 def _submit(cluster: Any, jobs: Jobs) -> None:
     """Ask for the jobs once, where an error is heard, and keep their number from then on."""
     try:
-        cluster.scale(jobs.jobs)
+        for _ in range(jobs.jobs):
+            cluster.worker_spec.update(cluster.new_worker_spec())
         cluster.sync(cluster._correct_state)
     except (RuntimeError, OSError) as error:
         raise RunStopped(
             f"{jobs.system} takes no such job: {_last_lines(error)}. Correct the file given as --cluster, or the "
             "settings; nothing is lost."
         ) from error
+    cluster.new_spec = cluster.new_spec | {"cls": _patient(cluster.new_spec["cls"], cluster)}
     cluster.adapt(minimum=jobs.jobs, maximum=jobs.jobs, interval=_REPLACE)
     log.info("asked %s for %d jobs of %g GiB and %s", jobs.system, jobs.jobs, jobs.memory, jobs.walltime)
+
+
+def _patient(job_class: Any, cluster: Any) -> Any:
+    """Return the same kind of job, which is asked for again while the batch system does not answer.
+
+    Else dask would take it for one that waits in the queue, for ever.
+    """
+    from distributed.core import Status
+
+    class Patient(job_class):  # type: ignore[misc]
+        async def _submit_job(self, script_filename: str) -> Any:
+            pause = 1.0
+            while True:
+                try:
+                    return await super()._submit_job(script_filename)
+                except (RuntimeError, OSError) as error:
+                    log.warning("a worker could not be replaced, to be tried again: %s", _last_lines(error))
+                    if cluster.status != Status.running:
+                        raise
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    return Patient
+
+
+@dataclass
+class Replacer:
+    """Finds jobs that ended before their worker connected, of which dask never hears, so that others are asked for."""
+
+    cluster: Any
+    jobs: Jobs
+    _asked: float = -math.inf
+
+    def __call__(self) -> None:
+        """Look now and then."""
+        if time.monotonic() - self._asked < _ASK_EVERY:
+            return
+        self._asked = time.monotonic()
+        connected = {worker["name"] for worker in self.cluster.scheduler_info["workers"].values()}
+        absent = {name: job.job_id for name, job in dict(self.cluster.workers).items() if name not in connected}
+        ended = [name for name, number in absent.items() if number and _has_ended(self.jobs.system, number)]
+        if ended:
+            log.warning("%d jobs ended before their worker connected; %s tells why", len(ended), self.jobs.log)
+            self.cluster.loop.add_callback(self.cluster.scale_down, ended)
+
+
+def _has_ended(system: System, number: str) -> bool:
+    """Ask the batch system whether a job is over; no answer is no."""
+    try:
+        told = subprocess.run([*_LOOK[system], number], capture_output=True, text=True, timeout=_ANSWERS_WITHIN)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    known = any(number in line and not _OVER.search(line) for line in told.stdout.splitlines())
+    return not known and _no_trouble(told)
+
+
+def _no_trouble(told: "subprocess.CompletedProcess[str]") -> bool:
+    """Tell whether the answer is about the job, and not that the batch system cannot be reached."""
+    return told.returncode == 0 or bool(_UNKNOWN.search(told.stderr + told.stdout))
 
 
 def _last_lines(error: Exception) -> str:
@@ -263,5 +339,5 @@ def _tell_pages(scheduler: Any, word: str) -> None:
 
 def absent(jobs: Jobs) -> str:
     """Return what to say while no worker is there."""
-    look = {"slurm": "squeue --me", "pbs": "qstat -u $USER", "lsf": "bjobs", "sge": "qstat"}[jobs.system]
+    look = _LOOK[jobs.system][0]
     return f"'{look}' tells why jobs wait, and {jobs.log} why they ended. Stopping this loses nothing."

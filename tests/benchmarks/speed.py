@@ -7,6 +7,7 @@ extra ``benchmark``. ``--parts`` chooses some of: kernel, bins, profile, codecs,
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -41,14 +43,17 @@ from skimage.registration import phase_cross_correlation
 from stillframe import Reference, Settings, match_frames
 from stillframe.bins import bin_sums, moved_bins
 from stillframe.clusters import executor
+from stillframe.durable import fingerprint, write_durably
+from stillframe.executors import results, unit_budget
 from stillframe.frames import FrameSource, open_source
-from stillframe.records import Ledger, UnitRecord, from_matches, write_durably
+from stillframe.leases import lease
+from stillframe.records import INPUT_FILES, Ledger, Mark, UnitRecord, from_matches
 from stillframe.refine import refine
 from stillframe.resample import resample_frames
 from stillframe.scene import Experiment
 from stillframe.simulate import simulate
-from stillframe.store import ReferenceFile, aligned_encoding, save_reference, write_unit
-from stillframe.tasks import AlignUnit, BothStages, RegisterUnit
+from stillframe.store import aligned_encoding, draft_unit, save_reference
+from stillframe.tasks import AlignUnit, BothStages, Job, RegisterUnit
 from stillframe.units import Plan, make_plan, unit_memory
 
 SIZE, MAX_SHIFT = 2048, 32
@@ -200,13 +205,14 @@ def storing(frames, matches, folder):
     packed = [blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE) for frame in frames]
     path = create_store(folder, frames.shape, len(frames), frames.dtype)
     unit, ledger = Plan(len(frames), len(frames)).units[0], Ledger(folder)
-    (seal,) = write_unit(path, unit, frames)
-    content, found = (folder / seal).read_bytes(), from_matches(matches)
+    drafts = folder / "drafts"
+    drafts.mkdir()
+    content, found = draft_unit(path, unit, frames, drafts).file.read_bytes(), from_matches(matches)
     record = UnitRecord(stage="register", unit=0, start=0, stop=len(frames), fingerprint="", matches=found)
     ledger.prepare()
     return {
         "decode": each(blosc.decompress, packed),
-        "write": lambda: write_unit(path, unit, frames),
+        "write": lambda: draft_unit(path, unit, frames, drafts).put_in_place(),
         "encode": each(lambda frame: blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE), frames),
         "checksum": lambda: hashlib.sha256(content).digest(),
         "record": lambda: ledger.publish(record),
@@ -269,19 +275,6 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Register:
-    """Register a unit as the run does."""
-
-    source: FrameSource
-    reference: ReferenceFile
-    folder: Path
-
-    def __call__(self, work):
-        self.reference.load()
-        RegisterUnit(self.source, self.reference, self.folder).record(*work, self.source.read(work[0]))
-
-
-@dataclass(frozen=True)
 class Copy:
     """Copy a unit as the run writes it."""
 
@@ -290,9 +283,8 @@ class Copy:
     dtype: str
 
     def __call__(self, work):
-        write_unit(
-            self.folder / "aligned.zarr", work[0], self.source.read(work[0]).frames.astype(self.dtype, copy=False)
-        )
+        frames = self.source.read(work[0]).frames.astype(self.dtype, copy=False)
+        draft_unit(self.folder / "aligned.zarr", work[0], frames, self.folder / "drafts").put_in_place()
 
 
 def peak_memory():
@@ -306,20 +298,25 @@ class Stages:
 
     def __init__(self, workers, source, reference, folder):
         self.workers, self.source, self.folder = workers, source, folder
-        save_reference(reference, folder / "reference.zarr")
-        self.stored = ReferenceFile(folder / "reference.zarr", reference.digest)
+        self.stored = save_reference(reference, folder / "reference.zarr")
         self.layout = source.layout
-        self.plan = make_plan(self.layout, budget=workers.budget, output_itemsize=2, max_shift=MAX_SHIFT)
-        self.items = [(unit, "") for unit in self.plan.units]
-        Ledger(folder).prepare()
+        budget = unit_budget(workers)
+        self.plan = make_plan(self.layout, budget=budget, output_itemsize=2, max_shift=MAX_SHIFT)
+        self.items = [(unit, self.mark(unit)) for unit in self.plan.units]
+
+    def mark(self, unit):
+        """What a unit is known by; different each time, so that nothing counts as finished."""
+        files = self.source.identity(unit.start, unit.stop)
+        return Mark({INPUT_FILES: fingerprint({"files": files}), "time": repr(time.perf_counter())})
 
     def all(self, work, items=None):
-        for _, outcome in self.workers.results(work, items or self.items):
+        for _, outcome in results(self.workers, work, items or self.items):
             if isinstance(outcome, BaseException):
                 raise outcome
 
     def make(self, name, dtype):
         create_store(self.folder / name, self.source.shape, self.plan.unit_frames, np.dtype(dtype))
+        (self.folder / name / "drafts").mkdir(exist_ok=True)
         Ledger(self.folder / name).prepare()
         return self.folder / name
 
@@ -330,19 +327,26 @@ class Stages:
         self.all(Copy(self.source, self.make("copy", dtype), dtype))
 
     def register(self):
-        self.all(Register(self.source, self.stored, self.folder))
+        with self.driven(self.make("run", "uint16")) as job:
+            self.all(RegisterUnit(job), [(unit, self.mark(unit)) for unit in self.plan.units])
 
     def both(self, interpolation, dtype):
-        folder = self.make("run", dtype)
-        register = RegisterUnit(self.source, self.stored, folder)
-        align = AlignUnit(self.source, self.stored, folder, interpolation, 0.0)
-        self.all(BothStages(register, align), [(unit, "", {}) for unit in self.plan.units])
+        with self.driven(self.make("run", dtype)) as job:
+            work = BothStages(RegisterUnit(job), AlignUnit(job, interpolation, 0.0, self.plan.unit_frames))
+            self.all(work, [(unit, self.mark(unit)) for unit in self.plan.units])
+
+    @contextlib.contextmanager
+    def driven(self, folder):
+        with lease(folder) as held:
+            held.drafts.mkdir(parents=True)
+            yield Job(self.source, self.stored, held.claim())
+            shutil.rmtree(held.drafts.parent)
 
 
 def stages(source, reference, folder, workers, repeats, names=None, pick=min):
     """Times of the stages over all units, seconds, and the workers' memory, bytes."""
     settings = Settings(frames=source.path, out=folder / "run", workers=workers)
-    with executor(settings) as cluster:
+    with executor(settings, None, threading.Event()) as cluster:
         one = Stages(cluster, source, reference, folder)
         works = {
             "nothing": lambda: one.all(Nothing()),
@@ -380,7 +384,7 @@ def register_block(block, fixed, mask):
 def today(source, fixed, mask, folder, workers, frames=4):
     """Seconds per frame of ``map_blocks`` over scikit-image's registration with zarr's defaults."""
     settings = Settings(frames=source.path, out=folder / "run", workers=workers)
-    with executor(settings):
+    with executor(settings, None, threading.Event()):
         stack = da.from_zarr(str(source.path))[:frames].rechunk((1, -1, -1))
         laid = stack.map_blocks(register_block, fixed, mask, dtype=np.float32)
         seconds = clock(lambda: da.to_zarr(laid, str(folder / "today.zarr"), overwrite=True))

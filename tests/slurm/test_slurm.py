@@ -244,3 +244,34 @@ def test_another_user_reads_no_key(run, batch, stored, undisturbed, tmp_path):
     told = subprocess.run(["cat", str(key)], user="nobody", capture_output=True, text=True, check=False)
     assert "Permission denied" in told.stderr and not told.stdout
     disturbed.ends_well(undisturbed)
+
+
+def test_a_job_that_ended_before_its_worker_connected_is_replaced(run, batch, undisturbed):
+    """It waits in the queue, since another has its place, and is cancelled there: dask never hears of it."""
+    disturbed = run()
+    urgent = batch.submit("--partition=urgent", "--cpus-per-task=3", "--mem=100", "--wrap", "sleep 500")
+    (waiting,) = wait_until(lambda: batch.jobs(state="PD"))
+    batch.ask("scancel", waiting)
+    batch.ask("scancel", urgent)
+    assert disturbed.replaced([waiting]) < REPLACED_WITHIN
+    disturbed.ends_well(undisturbed)
+
+
+def test_a_batch_system_that_does_not_answer_is_asked_again(run, batch, undisturbed, tmp_path, slurm, monkeypatch):
+    known, trouble = shutil.which("sbatch"), tmp_path / "trouble"
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(
+        f'#!/bin/sh\n[ -e {trouble} ] && echo "Unable to contact slurm controller" >&2 && exit 1\nexec {known} "$@"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setitem(batch.environment, "PATH", f"{fake.parent}:{batch.environment['PATH']}")
+    disturbed = run()
+    trouble.touch()
+    lost = disturbed.jobs[:1]
+    batch.ask("scancel", *lost)
+    log = disturbed.out / "run.log"
+    wait_for(lambda: "a worker could not be replaced" in log.read_text(), disturbed.process)
+    trouble.unlink()
+    assert disturbed.replaced(lost) < REPLACED_WITHIN
+    disturbed.ends_well(undisturbed)
