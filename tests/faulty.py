@@ -133,10 +133,10 @@ def chances(seed):
 class Cluster:
     """A scheduler and workers as processes of their own, as on a cluster."""
 
-    def __init__(self, folder: Path, workers: int = 2):
+    def __init__(self, folder: Path, workers: int = 2, *more: str):
         self.file = folder / "scheduler.json"
         self.file.unlink(missing_ok=True)
-        flags = ["--scheduler-file", str(self.file), "--no-dashboard"]
+        flags = ["--scheduler-file", str(self.file), "--no-dashboard", *more]
         python = [sys.executable, "-m"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "start_new_session": True}
         self.scheduler = subprocess.Popen([*python, "distributed.cli.dask_scheduler", *flags, "--port", "0"], **quiet)

@@ -2,6 +2,7 @@ import fcntl
 import multiprocessing
 import os
 import socket
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_a_driver_that_was_killed_and_not_looked_after_is_dead(tmp_path):
     put(tmp_path, pid=gone.pid, born=born)
     assert read_leases(tmp_path) == []
     gone.wait()
+
+
+def test_nobody_else_can_change_it(tmp_path):
+    before = os.umask(0)
+    try:
+        with lease(tmp_path) as held:
+            assert stat.S_IMODE(held.path.stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_that_is_gone_is_no_other_driver(tmp_path):

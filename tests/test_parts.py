@@ -1,5 +1,7 @@
 """Parts of a run as processes of their own, which agree through the folder alone."""
 
+import json
+import shutil
 import subprocess
 import threading
 
@@ -124,8 +126,6 @@ class TestTheLease:
 
 def void(held):
     """Make a lease one of a process that ended long ago."""
-    import json
-
     content = json.loads(held.path.read_text())
     held.path.write_text(json.dumps(content | {"pid": 2**22 + 1}))
 
@@ -146,6 +146,18 @@ def test_gathering_waits_for_nobody(stored, tmp_path):
         gather(out)
     with pytest.raises(ValueError, match="holds no run|cannot be read"):
         gather(tmp_path / "nothing")
+
+
+def test_parts_of_fewer_frames_than_there_are_now_are_not_gathered(stored, tmp_path):
+    frames, mask = tmp_path / "frames.zarr", stored[1]
+    shutil.copytree(stored[0] / "frames", frames)
+    out = tmp_path / "run"
+    run_part(settings((frames, mask), out), Share(1, 1))
+    metadata = json.loads((frames / "zarr.json").read_text())
+    metadata["shape"][0] += 4
+    (frames / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="did 24 frames, and there are 28 now"):
+        gather(out)
 
 
 def test_whoever_waits_for_the_preparation_hears_a_stop(tmp_path):

@@ -30,6 +30,8 @@ from stillframe.workers import demands_of, refuse_unfit_workers
 _DASK_LOGS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
 _WAIT_FOR_FILE = 60.0
 """Seconds in which a scheduler started beside this run writes its file."""
+_PATIENCE = 20
+"""Seconds in which a scheduler answers."""
 _FIRST_LOOK = 1.0
 _TELL_EVERY = 60.0
 """Seconds between two words about workers that are waited for."""
@@ -226,7 +228,7 @@ def _connect(settings: Settings) -> Iterator[Any]:
 def _client(keys: Keys | None, **where: str) -> Any:
     from distributed import Client
 
-    return Client(**where, timeout=20, **({"security": keys.security()} if keys else {}))
+    return Client(**where, timeout=_PATIENCE, **({"security": keys.security()} if keys else {}))
 
 
 def _client_of_file(file: Path, keys: Keys | None) -> Any:

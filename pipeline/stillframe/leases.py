@@ -35,6 +35,8 @@ PATIENCE = 60.0
 """Seconds in which writers of an earlier run finish the file they are at."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 """What a file system without locks says; a look at the lease is all there is on it."""
+_OWNERS = 0o644
+"""Mode of a lease, whatever else is open to a group: everybody may read who drives, and nobody else change it."""
 _POLL = 0.05
 _held: set[str] = set()
 """Tokens of the leases that this process holds: one that it could not remove is void, though the process lives."""
@@ -243,6 +245,7 @@ def _take(folder: Path, me: Holder) -> None:
     """Put the lease in place with its content, whole or not at all, void ones removed first."""
     draft = folder / f".lease.{me.token}.partial"
     write_draft(draft, me.model_dump_json().encode())
+    draft.chmod(_OWNERS)
     try:
         with _locked(folder, fcntl.LOCK_EX):
             os.utime(draft)

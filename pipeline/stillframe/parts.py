@@ -68,16 +68,20 @@ def run_part(settings: Settings, share: Share, *, stop: threading.Event | None =
         As for :func:`stillframe.run`.
     """
     stop = stop or threading.Event()
-    if settings.workers is None and not (settings.cluster or settings.scheduler):
-        settings = settings.model_copy(update={"workers": 0})
     with stopped_in_words(settings.out):
         check_folder(settings, Holder.me(share))
-        with executor(settings, None, stop) as workers, _begun(settings, share, workers, stop) as run:
+        with executor(_alone(settings), None, stop) as workers, _begun(settings, share, workers, stop) as run:
             problems = run.work()
             frames = sum(unit.stop - unit.start for unit in share.units(run.plan.units))
             log.info("part %s is finished: %d frames, %d problems", share, frames, len(problems))
             shutil.rmtree(run.held.drafts, ignore_errors=True)
             return PartResult(settings.out, share, frames, problems)
+
+
+def _alone(settings: Settings) -> Settings:
+    """Work in this process, unless something else is asked for."""
+    asked = settings.workers is not None or settings.cluster or settings.scheduler
+    return settings if asked else settings.model_copy(update={"workers": 0})
 
 
 @contextlib.contextmanager
@@ -160,6 +164,11 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
         nobody = InProcess(2**63, stop or threading.Event())
         with driving(folder) as held:
             plan, parts = _known(folder)
+            if plan.frames != source.shape[0]:
+                raise ValueError(
+                    f"the parts of {folder} did {plan.frames} frames, and there are {source.shape[0]} now. Start all "
+                    "parts again, or 'stillframe run' as a whole: either does only what is new."
+                )
             run = Run(source, plan, settings, reference, origin, nobody, held)
             if missing := run.missing():
                 raise RunStopped(_in_words(missing, plan, parts))

@@ -55,7 +55,7 @@ class Watched:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "stillframe", *map(str, command)], start_new_session=True, stdout=subprocess.DEVNULL
         )
-        self.peaks, self.marks = {"driver": 0, "worker": 0}, {}
+        self.peaks, self.marks, self.times = {"driver": 0, "worker": 0}, {}, {}
 
     def done(self):
         return len(list((self.out / "units" / "register").glob("[0-9]*.json")))
@@ -66,10 +66,14 @@ class Watched:
         sizes = {"driver": [driver], "worker": driver.children(recursive=True)}
         for name, processes in sizes.items():
             self.peaks[name] = max(self.peaks[name], *(size(process) for process in processes), 0)
-        part = self.done() / units
+        part, now = self.done() / units, time.perf_counter() - self.began
         for mark in MARKS:
             if part >= mark and mark not in self.marks:
                 self.marks[mark] = dict(self.peaks)
+        if part:
+            self.times.setdefault("first unit", now)
+        if part == 1:
+            self.times.setdefault("last unit", now)
         return part
 
     def until(self, units, part, pause=1.0):
@@ -109,6 +113,7 @@ def register(store, mask, folder, options):
         "frames": open_source(store).shape[0],
         "units": units,
         "seconds": seconds,
+        "until": run.times,
         "memory": {str(mark): found for mark, found in run.marks.items()},
     }
 
