@@ -51,7 +51,7 @@ class Slurm:
 
 
 def _toml(value):
-    return f'"{value}"' if isinstance(value, str) else value
+    return value if isinstance(value, int | float) else json.dumps(value)
 
 
 def units_done(out):

@@ -1,12 +1,16 @@
 """What batch systems are asked for; a real Slurm is tried in tests/slurm."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stillframe.doors import make_keys
-from stillframe.jobs import SYSTEMS, Jobs, _cluster_class, arguments, read_jobs, with_settings
+from stillframe.errors import RunStopped
+from stillframe.jobs import SYSTEMS, Jobs, Replacer, _ended_of, arguments, cluster_class, read_jobs, with_settings
 from stillframe.settings import Settings
 
 OURS = Path(__file__).parents[1] / "cluster" / "slurm.toml"
@@ -19,9 +23,10 @@ def script(tmp_path):
     keys = make_keys(tmp_path / "keys")
 
     def made(jobs):
-        given = arguments(with_settings(jobs, Settings(frames="frames.zarr", out=tmp_path / "run")), keys, "word")
+        settings = Settings(frames="frames.zarr", out=tmp_path / "run")
+        given = arguments(with_settings(jobs, settings, tmp_path / "jobs"), keys, "word")
         given = {name: value for name, value in given.items() if name not in ("scheduler_options",)}
-        return _cluster_class(jobs.system).job_cls("tls://10.0.0.1:8786", name="worker", **given).job_script()
+        return cluster_class(jobs.system).job_cls("tls://10.0.0.1:8786", name="worker", **given).job_script()
 
     return made
 
@@ -119,5 +124,65 @@ def test_neither_a_name_nor_a_file_is_told():
 
 def test_what_a_run_says_goes_before_what_the_file_says():
     settings = Settings(frames="frames.zarr", out="run", workers=3, memory=7.0)
-    jobs = with_settings(Jobs(system="slurm"), settings)
-    assert (jobs.jobs, jobs.memory, jobs.log) == (3, 7.0, settings.out / "jobs")
+    jobs = with_settings(Jobs(system="slurm"), settings, Path("jobs"))
+    assert (jobs.jobs, jobs.memory, jobs.log) == (3, 7.0, Path("jobs"))
+
+
+def test_a_folder_with_the_name_of_a_batch_system_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    assert Settings(frames="frames.zarr", out="run", cluster="slurm").cluster == "slurm"
+    (tmp_path / "slurm.toml").touch()
+    assert Settings(frames="frames.zarr", out="run", cluster="slurm.toml").cluster == str(tmp_path / "slurm.toml")
+
+
+def test_ctrl_c_is_heard_as_before_when_dask_jobqueue_is_there():
+    pytest.importorskip("dask_jobqueue")
+    script = (
+        "import signal; from stillframe.jobs import cluster_class; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "cluster_class('slurm'); assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Let a command of a batch system answer so."""
+
+    def set_up(name, told, status=0):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{told}'\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("system", "name", "told", "status", "ended"),
+    [
+        ("slurm", "squeue", "11 RUNNING\n12 PENDING", 0, []),
+        ("slurm", "squeue", "11 RUNNING", 0, ["12"]),
+        ("slurm", "squeue", "11 RUNNING\n12 CANCELLED", 0, ["12"]),
+        ("slurm", "squeue", "slurm_load_jobs error: Invalid job id specified", 1, ["11", "12"]),
+        ("slurm", "squeue", "slurm_load_jobs error: Unable to contact slurm controller", 1, []),
+        ("pbs", "qstat", "11.host stillframe me R\nqstat: Unknown Job Id 12.host", 153, []),
+        ("pbs", "qstat", "11.host stillframe me R\nqstat: 12 Job has finished", 35, []),
+        ("pbs", "qstat", "qstat: cannot connect to server", 111, []),
+        ("lsf", "bjobs", "11 me RUN normal\n12 me EXIT normal", 0, ["12"]),
+        ("sge", "qstat", "job_number: 11\nFollowing jobs do not exist: 13", 1, ["12"]),
+    ],
+)
+def test_jobs_that_ended_are_found(answers, system, name, told, status, ended):
+    answers(name, told, status)
+    assert _ended_of(system, ["11", "12"]) == ended
+
+
+def test_jobs_that_all_end_before_their_worker_connects_stop_the_run(tmp_path):
+    """Nobody would ever come: what the last one said is told."""
+    (tmp_path / "stillframe-1.err").write_text("srun: oops\n/bin/python: No such file or directory\n")
+    cluster = SimpleNamespace(scheduler_info={"workers": {}})
+    replacer = Replacer(cluster, Jobs(system="slurm", jobs=2, log=tmp_path))
+    replacer()
+    replacer._ended = 6
+    with pytest.raises(RunStopped, match=r"6 jobs ended .* \(/bin/python: No such file or directory\)"):
+        replacer()

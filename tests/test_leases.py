@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from racers import race
+from stillframe import leases
 from stillframe.errors import LeaseError, OutputLost
 from stillframe.leases import STALE, Claim, Holder, lease, read_leases
 
@@ -130,6 +132,28 @@ def test_a_driver_that_was_killed_and_not_looked_after_is_dead(tmp_path):
     put(tmp_path, pid=gone.pid, born=born)
     assert read_leases(tmp_path) == []
     gone.wait()
+
+
+def test_many_writers_do_not_keep_a_driver_out(tmp_path):
+    """They never leave the lock alone, one always begins before another ends; who wants it comes in between."""
+    with lease(tmp_path) as held:
+        stop = threading.Event()
+
+        def write():
+            while not stop.is_set():
+                with held.writing():
+                    time.sleep(0.1)
+
+        writers = [threading.Thread(target=write) for _ in range(8)]
+        for writer in writers:
+            writer.start()
+        began = time.monotonic()
+        with leases._locked(tmp_path, fcntl.LOCK_EX):
+            waited = time.monotonic() - began
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert waited < 5
 
 
 def test_nobody_else_can_change_it(tmp_path):

@@ -6,11 +6,12 @@ import subprocess
 import threading
 
 import pytest
+import zarr
 
 from faulty import command, finish, run_command, settings, stores
 from stillframe.batch import run
 from stillframe.errors import LeaseError, RunStopped
-from stillframe.leases import lease, one_at_a_time
+from stillframe.leases import Holder, lease, one_at_a_time
 from stillframe.parts import gather, run_part
 from stillframe.plans import read_plan
 from stillframe.progress import read_status
@@ -160,6 +161,18 @@ def test_parts_of_fewer_frames_than_there_are_now_are_not_gathered(stored, tmp_p
         gather(out)
 
 
+def test_gathering_waits_for_a_part_that_was_killed_on_another_machine(stored, undisturbed, tmp_path, monkeypatch):
+    """Until it was silent for long enough to be dead."""
+    out = tmp_path / "run"
+    for number in (1, 2):
+        run_part(settings(stored, out), Share(number, 2))
+    killed = Holder.me(Share(2, 2)).model_copy(update={"host": "elsewhere"})
+    (out / killed.file).write_text(killed.model_dump_json())
+    monkeypatch.setattr("stillframe.leases.STALE", 2.0)
+    assert gather(out).problems == []
+    assert stores(out) == undisturbed
+
+
 def test_whoever_waits_for_the_preparation_hears_a_stop(tmp_path):
     stop = threading.Event()
     stop.set()
@@ -186,3 +199,16 @@ def test_only_registering_leaves_no_aligned_frames(stored, undisturbed, tmp_path
     again = run(settings(stored, out))
     assert again.problems == []
     assert stores(out) == undisturbed
+
+
+def test_aligned_frames_of_other_shifts_do_not_pass_for_these(stored, tmp_path, capsys):
+    out = tmp_path / "run"
+    finish(stored, out)
+    assert run(settings(stored, out, align=False)).problems == []
+    assert zarr.open_group(out / "aligned.zarr").attrs["complete"] is True
+    run(settings(stored, out, align=False, max_shift=10))
+    assert "6 units of aligned.zarr are out of date" in capsys.readouterr().err
+    attributes = zarr.open_group(out / "aligned.zarr").attrs
+    assert attributes["complete"] is False and len(attributes["missing"]) == 6
+    assert not Ledger(out).numbers("align")
+    assert verify(out).findings == []

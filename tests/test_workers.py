@@ -7,7 +7,7 @@ import pytest
 
 from stillframe import workers as subject
 from stillframe.errors import RunStopped, WorkerUnfit
-from stillframe.executors import OnCluster, _Unfit, results
+from stillframe.executors import OnCluster, results
 from stillframe.workers import _judged, demands_of, refuse_unfit_workers, unmet
 
 
@@ -66,8 +66,15 @@ class TestOnACluster:
         ):
             refuse_unfit_workers(client, other)
 
-    def test_one_that_comes_later_is_sent_away_before_it_does_anything(self, demands, capsys):
-        """Its folder is gone when it looks; the next ones are no better, so that the run stops and says why."""
+    def test_some_that_are_not_are_no_reason_to_refuse_all(self, client, demands, monkeypatch):
+        monkeypatch.setattr(subject, "unfit_of", lambda *_: {"a": "lacks", "b": ""})
+        refuse_unfit_workers(client, demands, some=True)
+        with pytest.raises(WorkerUnfit, match="1 of 2"):
+            refuse_unfit_workers(client, demands)
+
+    def test_those_that_come_later_are_sent_away_before_they_do_anything(self, demands, capsys, monkeypatch):
+        """Their folder is gone when they look; none is better, so that the run stops and says why."""
+        monkeypatch.setattr("stillframe.executors._MOST_UNFIT", 1)
         from distributed import Client, LocalCluster
 
         lost = replace(demands, private=demands.private / "gone")
@@ -77,8 +84,6 @@ class TestOnACluster:
         ):
             keep = lambda: cluster.scale(1)  # noqa: E731
             executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, keep=keep, demands=lost)
-            unfit = _Unfit(client, {f"gone {number}" for number in range(7)})
-            pytest.MonkeyPatch().setattr("stillframe.executors._Unfit", lambda _: unfit)
             with pytest.raises(RunStopped, match="not fit for this run, the last one too: it cannot write into"):
                 list(results(executor, os.getpid, range(4)))
         assert "is sent away: it cannot write into" in capsys.readouterr().err

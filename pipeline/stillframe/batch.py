@@ -37,7 +37,7 @@ from stillframe.origin import Origin
 from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, outdated
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
-from stillframe.progress import Meter, log, log_name, log_to, progress_bar, warn
+from stillframe.progress import Meter, is_log, log, log_name, log_to, progress_bar, warn
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
@@ -141,24 +141,38 @@ def run(settings: Settings, client: Any = None, *, follow: bool = False, stop: t
         first = next(sources)
         reference, origin = prepare_reference(settings, first)
         check_fill(settings.fill, output_dtype(first.dtype, settings.interpolation))
-        with executor(settings, client, stop) as workers:
+        # The lease before the workers: a batch system may let them wait for hours.
+        with driving(settings.out) as held, executor(settings, client, stop) as workers:
             rounds = _rounds(settings, itertools.chain([first], sources), unit_budget(workers))
             source, plan = next(rounds)
-            with driving(settings.out) as held:
+            result = Run(source, plan, settings, reference, origin, workers, held).all_stages()
+            for source, plan in rounds:
+                reference, origin = prepare_reference(settings, source)
                 result = Run(source, plan, settings, reference, origin, workers, held).all_stages()
-                for source, plan in rounds:
-                    reference, origin = prepare_reference(settings, source)
-                    result = Run(source, plan, settings, reference, origin, workers, held).all_stages()
         return result
 
 
 @contextlib.contextmanager
 def driving(folder: Path, share: Share | None = None) -> Iterator[Lease]:
-    """Be the one who writes into a folder, or does a part of it, and keep a log there."""
+    """Be the one who writes into a folder, or does a part of it, and keep a log there.
+
+    A new folder in which nothing was begun is removed again.
+    """
+    new = not folder.exists()
     make_folder(folder)
-    with lease(folder, share) as held, log_to(folder / log_name(share)):
-        warn_of_open_folder(folder)
-        yield held
+    try:
+        with lease(folder, share) as held, log_to(folder / log_name(share)):
+            warn_of_open_folder(folder)
+            yield held
+    finally:
+        if new and not (folder / "settings.toml").exists():
+            _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but what whoever drives it needs himself."""
+    if all(is_log(file.name) or file.name.startswith(".lease.") for file in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_once(
@@ -243,6 +257,10 @@ class Run:
             shifts, problems = self._collect()
             self._create_aligned(shifts)
             return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+
+    def failures(self) -> list[str]:
+        """Return why units could not be aligned."""
+        return [problem for record in self._ledger.records("align") for problem in record.problems]
 
     def missing(self) -> list[Unit]:
         """Return the units that nobody has worked on with these settings, whatever became of them."""
@@ -412,7 +430,7 @@ class Run:
 
     def _create_aligned(self, shifts: xr.Dataset) -> None:
         """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
-        if not self.settings.align:
+        if not self._has_aligned:
             return
         frames = lazy_frames(self.source, self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
@@ -425,17 +443,27 @@ class Run:
         template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
         create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
+    @property
+    def _has_aligned(self) -> bool:
+        """Whether there are aligned frames, or are to be: those of an earlier run must not pass for these."""
+        return self.settings.align or (self._out / "aligned.zarr").exists()
+
     def _holes(self) -> list[Unit]:
         """Return the units whose aligned frames are not there, or are those of another time."""
-        if not self.settings.align:
+        if not self._has_aligned:
             return []
         return [unit for unit in self.plan.units if not holds_aligned(self._ledger, unit, self._marker)]
 
     def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
         holes = self._holes()
-        unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
-        problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]
         if self.settings.align:
+            unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
+            problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]
+        elif holes:
+            warn(f"--no-align: {len(holes)} units of aligned.zarr are out of date, and marked as missing there.")
+            for unit in holes:
+                self._ledger.withdraw("align", unit.number)
+        if self._has_aligned:
             seal_aligned(self._out / "aligned.zarr", holes, growing=self.source.limit is not None)
         plot_shifts(shifts, self._out / "shifts.png")
         shutil.rmtree(drafts_of(self._out), ignore_errors=True)

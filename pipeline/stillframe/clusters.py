@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -63,15 +63,14 @@ def executor(settings: Settings, client: Any, stop: threading.Event, home: Path 
         elif settings.cluster in (None, "local"):
             yield stack.enter_context(_local(settings, stop))
         else:
-            jobs = with_settings(read_jobs(str(settings.cluster)), settings)
-            yield stack.enter_context(_batch(jobs, settings, stop, home))
+            yield stack.enter_context(_batch(read_jobs(str(settings.cluster)), settings, stop, home))
 
 
 @contextlib.contextmanager
 def _joined(client: Any, settings: Settings, stop: threading.Event, home: Path) -> Iterator[OnCluster]:
     """Use a cluster that runs already, when its workers are found fit."""
     warn_of_open_door(client.scheduler_info()["address"])
-    _wait_for_workers(client, stop, OnCluster.absent)
+    _wait_for_workers(client, stop, OnCluster.absent, lambda: None)
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     shares = [worker["memory_limit"] // worker["nthreads"] for worker in workers if worker["memory_limit"]]
     memory = int(settings.memory * 2**30) if settings.memory else min(shares, default=_per_worker(settings, cores()))
@@ -85,13 +84,15 @@ def _joined(client: Any, settings: Settings, stop: threading.Event, home: Path) 
 @contextlib.contextmanager
 def _batch(jobs: Jobs, settings: Settings, stop: threading.Event, home: Path) -> Iterator[OnCluster]:
     """Start workers as jobs of a batch system, and go on with the first that comes."""
-    with _private(home) as folder, started(jobs, folder) as client:
-        _wait_for_workers(client, stop, absent(jobs))
-        demands = demands_of(settings.frames, folder)
-        refuse_unfit_workers(client, demands)
-        cluster = _on(client, int(jobs.memory * 2**30), stop, jobs.jobs)
-        keep = Replacer(client.cluster, jobs)
-        yield replace(cluster, demands=demands, absent=absent(jobs), keep=keep)
+    with _private(home) as folder:
+        jobs = with_settings(jobs, settings, settings.out / "jobs" if home == settings.out else folder)
+        with started(jobs, folder) as client:
+            keep = Replacer(client.cluster, jobs)
+            _wait_for_workers(client, stop, absent(jobs), keep)
+            demands = demands_of(settings.frames, folder)
+            refuse_unfit_workers(client, demands, some=True)
+            cluster = _on(client, int(jobs.memory * 2**30), stop, jobs.jobs)
+            yield replace(cluster, demands=demands, absent=absent(jobs), keep=keep)
 
 
 @contextlib.contextmanager
@@ -101,12 +102,13 @@ def _private(home: Path) -> Iterator[Path]:
         yield folder
 
 
-def _wait_for_workers(client: Any, stop: threading.Event, advice: str) -> None:
+def _wait_for_workers(client: Any, stop: threading.Event, advice: str, keep: Callable[[], None]) -> None:
     """Wait for the first worker, however long a queue is, and say so now and then."""
     told, pause = time.monotonic(), 0.05
     while not client.nthreads():
         if stop.wait(pause):
             raise KeyboardInterrupt
+        keep()
         pause = min(2 * pause, _FIRST_LOOK)
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic() + 9 * _TELL_EVERY
@@ -163,31 +165,32 @@ def _local(settings: Settings, stop: threading.Event) -> Iterator[OnCluster]:
     from distributed import Client, LocalCluster
     from distributed.security import Security
 
-    workers, memory, word = settings.workers or cores(), 0, secret()
+    workers, word = settings.workers or cores(), secret()
     memory = _per_worker(settings, workers)
-    with _deaf_to_interrupts(), dask.config.set(_LOCAL):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=memory,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"http_prefix": f"/{word}/", "dashboard": False},
-            protocol="tls://",
-            security=Security.temporary(),
-            silence_logs=logging.CRITICAL,
-        )
-    for_those_who_know(cluster.scheduler, word)
-    soon = dask.config.set({"distributed.deploy.lost-worker-timeout": "3s"})
-    with soon, cluster, Client(cluster) as client:
-        # A worker that died while its nanny started it again is brought back by nobody else.
-        yield replace(_on(client, memory, stop, workers), keep=lambda: cluster.scale(workers), patient=False)
+    with dask.config.set(_LOCAL):  # until the end, for workers that come later
+        with _deaf_to_interrupts():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=memory,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"http_prefix": f"/{word}/", "dashboard": False},
+                protocol="tls://",
+                security=Security.temporary(),
+                silence_logs=logging.CRITICAL,
+            )
+        for_those_who_know(cluster.scheduler, word)
+        with cluster, Client(cluster) as client:
+            # A worker that died while its nanny started it again is brought back by nobody else.
+            yield replace(_on(client, memory, stop, workers), keep=lambda: cluster.scale(workers), patient=False)
 
 
 _LOCAL = {
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in MALLOC.items()},
     "distributed.scheduler.allowed-failures": 1,
     "distributed.worker.http.routes": [],
+    "distributed.deploy.lost-worker-timeout": "3s",
 }
 
 

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from stillframe.progress import warn
 
 _PREFIX = ".cluster."
+_MAKING = 5.0
+"""Seconds in which a folder gets its lock, after it was made."""
 CERTIFICATES = ("ca.pem", "cert.pem", "key.pem")
 """Files of a folder of certificates: who is trusted, and one's own certificate with its key."""
 
@@ -27,16 +30,15 @@ CERTIFICATES = ("ca.pem", "cert.pem", "key.pem")
 def private_folder(out: Path) -> Iterator[Path]:
     """Make a folder in a run's that only its owner can enter, for as long as this session lives."""
     sweep(out)
-    making = out / f".{secrets.token_hex(8)}.partial"
-    making.mkdir(mode=0o700)
-    with (making / "lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps either
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        folder = making.rename(out / f"{_PREFIX}{secrets.token_hex(8)}")
-        try:
+    folder = out / f"{_PREFIX}{secrets.token_hex(8)}"
+    folder.mkdir(mode=0o700)
+    try:
+        with (folder / "lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps either
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_private_folder(name: str) -> bool:
@@ -47,9 +49,20 @@ def is_private_folder(name: str) -> bool:
 def sweep(out: Path) -> None:
     """Remove the folders of sessions that were killed."""
     for folder in out.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Tell whether nobody holds the lock of a folder that is not just being made."""
+    try:
+        with (folder / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return time.time() - folder.stat().st_mtime > _MAKING
+    except FileNotFoundError:
+        return folder.exists() and time.time() - folder.stat().st_mtime > _MAKING
+    except OSError:
+        return False
 
 
 def secret() -> str:
@@ -86,6 +99,11 @@ def make_keys(folder: Path) -> Keys:
     from distributed.security import Security
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if there := [name for name in CERTIFICATES if (folder / name).exists()]:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(there)} already, which a running cluster may use. Choose another folder, or "
+            "delete it."
+        )
     made = Security.temporary()
     for name, content in zip(CERTIFICATES, (made.tls_ca_file, made.tls_client_cert, made.tls_client_key), strict=True):
         with open(folder / name, "x", opener=_owner_only) as file:

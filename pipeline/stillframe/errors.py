@@ -32,13 +32,13 @@ class RunStopped(RuntimeError):
     """The run cannot go on now; what is finished is kept."""
 
 
+class WorkerUnfit(RunStopped):
+    """A worker lacks what a run needs: the same packages, the same folders, a clock that is right."""
+
+
 class InputLost(OSError):
     """The frames vanished as a whole while they were being read."""
 
 
 class OutputLost(OSError):
     """The folder of the results vanished while it was being written."""
-
-
-class WorkerUnfit(RuntimeError):
-    """A worker lacks what a run needs: the same packages, the same folders, a clock that is right."""

@@ -10,13 +10,13 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from stillframe.errors import RunStopped, WorkerUnfit, hopeless
 from stillframe.progress import warn
-from stillframe.workers import Demands, refuse_unfit
+from stillframe.workers import Demands, refuse_unfit, unfit_of
 
 log = logging.getLogger("stillframe")
 
@@ -190,8 +190,8 @@ class OnCluster:
         waiting = iter(tries)
         tasks: dict[Any, Try[Item]] = {}
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        room = _Room(self, alone)
         unfit = _Unfit(self.client)
+        room = _Room(self, alone, unfit)
 
         def submit(some: Iterable[Try[Item]]) -> None:
             for attempt in some:
@@ -269,6 +269,7 @@ class _Room:
 
     cluster: OnCluster
     alone: bool
+    unfit: "_Unfit"
     _counted: float = -math.inf
     _tasks: int = 1
 
@@ -278,9 +279,12 @@ class _Room:
         if client.status == "running" and time.monotonic() - self._counted > _RECOUNT:
             self._counted = time.monotonic()
             try:
-                there = sum(client.nthreads().values())
+                threads = client.nthreads()
+                if self.cluster.demands:
+                    self.unfit.look(self.cluster.demands, list(threads))
             except OSError:  # the scheduler is going; its tasks are going to say so
                 return self._tasks
+            there = sum(threads.values())
             self._tasks = 1 if self.alone else (1 + _QUEUED) * max(1, there)
             if self.cluster.keep and there < self.cluster.workers:
                 self.cluster.keep()
@@ -293,14 +297,23 @@ class _Unfit:
 
     client: Any
     sent: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
 
-    def dismiss(self, address: str, why: WorkerUnfit) -> None:
-        """Send one away; stop where that does not help."""
+    def look(self, demands: Demands, workers: Sequence[str]) -> None:
+        """Ask those that were not there before: they cannot all answer for themselves."""
+        if fresh := [address for address in workers if address not in self.seen]:
+            self.seen.update(fresh)
+            for address, lacks in unfit_of(self.client, demands, fresh).items():
+                if lacks:
+                    self.dismiss(address, lacks)
+
+    def dismiss(self, address: str, why: object) -> None:
+        """Send one away; stop where that does not help, and nobody else is there."""
         if address in self.sent:
             return
-        if len(self.sent) >= _MOST_UNFIT:
-            raise RunStopped(f"one worker after the other is not fit for this run, the last one too: {why}") from why
         self.sent.add(address)
+        if len(self.sent) > _MOST_UNFIT and not set(self.client.nthreads()) - self.sent:
+            raise RunStopped(f"one worker after the other is not fit for this run, the last one too: {why}")
         warn(f"worker {address} is sent away: {why}")
         self.client.retire_workers([address], close_workers=True)
 

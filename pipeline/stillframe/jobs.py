@@ -6,17 +6,18 @@ killed, preempted or cancelled is asked for again. Doors are closed: see :mod:`s
 
 import asyncio
 import contextlib
+import getpass
 import importlib
-import math
-import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -52,7 +53,10 @@ _LOOK = {
 """Commands that tell of a job."""
 _OVER = re.compile(r"\b(DONE|EXIT|COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|PREEMPTED|OUT_OF_MEMORY|BOOT_FAIL)\b")
 _UNKNOWN = re.compile("invalid job id|unknown job|has finished|do not exist|not found", re.IGNORECASE)
-_ASK_EVERY, _ANSWERS_WITHIN, _LONGEST_PAUSE = 15.0, 10.0, 60.0
+_WITH_COMMAS = ("slurm", "sge")
+_ASK_EVERY, _ANSWERS_WITHIN, _LONGEST_PAUSE = 10.0, 10.0, 60
+_MOST_ENDED = 3
+"""How often each job may end before its worker connects, where no worker is there at all."""
 _WITHOUT_SCHEDULER = 60
 """Seconds after which a worker whose driver is gone ends its job."""
 _REPLACE = "2s"
@@ -157,11 +161,11 @@ def read_jobs(cluster: str) -> Jobs:
         raise ValueError(in_words(f"{path} cannot be used:", error, "Correct it there.")) from None
 
 
-def with_settings(jobs: Jobs, settings: Settings) -> Jobs:
+def with_settings(jobs: Jobs, settings: Settings, log: Path) -> Jobs:
     """Let what was said for this run go before what is said for all."""
     said = {"jobs": settings.workers, "memory": settings.memory}
     given = {name: value for name, value in said.items() if value}
-    return jobs.model_copy(update=given | {"log": jobs.log or settings.out / "jobs"})
+    return jobs.model_copy(update=given | {"log": jobs.log or log})
 
 
 @contextlib.contextmanager
@@ -177,28 +181,45 @@ def started(jobs: Jobs, private: Path) -> Iterator[Any]:
     from distributed import Client
 
     _refuse_spaces(private)
-    keys, word = make_keys(private / "keys"), secret()
-    with dask.config.set(_CONFIGURATION), _cluster_class(jobs.system)(**arguments(jobs, keys, word)) as cluster:
+    keys, word, phase = make_keys(private / "keys"), secret(), _Phase()
+    kind = cluster_class(jobs.system)
+    given = arguments(jobs, keys, word) | {"job_cls": _patient(kind.job_cls, phase)}
+    with dask.config.set(_CONFIGURATION), kind(**given) as cluster:
         for_those_who_know(cluster.scheduler, word)
-        _submit(cluster, jobs)
-        _tell_pages(cluster.scheduler, word)
-        with Client(cluster, security=keys.security()) as client:
-            yield client
+        try:
+            _submit(cluster, jobs)
+            phase.taken.set()
+            _tell_pages(cluster.scheduler, word, private)
+            with Client(cluster, security=keys.security()) as client:
+                yield client
+        finally:
+            phase.ended.set()
 
 
 _CONFIGURATION = {
     "distributed.scheduler.worker-saturation": 1.1,  # one unit waits on each worker, no more: they are long
-    "distributed.deploy.lost-worker-timeout": "3s",
+    "distributed.deploy.lost-worker-timeout": "15s",  # time for a nanny to start its worker again
 }
 
 
-def _cluster_class(system: System) -> Any:
+def cluster_class(system: System) -> Any:
+    """Return dask-jobqueue's class for a batch system.
+
+    Raises
+    ------
+    RunStopped
+        It is not installed.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
-        return getattr(importlib.import_module("dask_jobqueue"), _CLASSES[system])
+        module = importlib.import_module("dask_jobqueue")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise RunStopped(
             f"--cluster {system} needs dask-jobqueue ({error}). Install it: pip install 'stillframe[cluster]'."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)  # which that import replaces by one that ends without a word
+    return getattr(module, _CLASSES[system])
 
 
 def arguments(jobs: Jobs, keys: Keys, word: str) -> dict[str, Any]:
@@ -259,13 +280,22 @@ def _submit(cluster: Any, jobs: Jobs) -> None:
             f"{jobs.system} takes no such job: {_last_lines(error)}. Correct the file given as --cluster, or the "
             "settings; nothing is lost."
         ) from error
-    cluster.new_spec = cluster.new_spec | {"cls": _patient(cluster.new_spec["cls"], cluster)}
     cluster.adapt(minimum=jobs.jobs, maximum=jobs.jobs, interval=_REPLACE)
     log.info("asked %s for %d jobs of %g GiB and %s", jobs.system, jobs.jobs, jobs.memory, jobs.walltime)
 
 
-def _patient(job_class: Any, cluster: Any) -> Any:
-    """Return the same kind of job, which is asked for again while the batch system does not answer.
+@dataclass(frozen=True)
+class _Phase:
+    """How far a cluster is."""
+
+    taken: threading.Event = field(default_factory=threading.Event)
+    """The batch system took the first jobs."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """No more are needed."""
+
+
+def _patient(job_class: Any, phase: _Phase) -> Any:
+    """Return the same kind of job, which is asked for again while a batch system that took others does not answer.
 
     Else dask would take it for one that waits in the queue, for ever.
     """
@@ -273,15 +303,17 @@ def _patient(job_class: Any, cluster: Any) -> Any:
 
     class Patient(job_class):  # type: ignore[misc]
         async def _submit_job(self, script_filename: str) -> Any:
-            pause = 1.0
+            pause = 1
             while True:
                 try:
                     return await super()._submit_job(script_filename)
                 except (RuntimeError, OSError) as error:
-                    log.warning("a worker could not be replaced, to be tried again: %s", _last_lines(error))
-                    if cluster.status != Status.running:
+                    if phase.ended.is_set() or not phase.taken.is_set():
+                        self.status = Status.failed
                         raise
-                await asyncio.sleep(pause)
+                    log.warning("a worker could not be replaced, to be tried again: %s", _last_lines(error))
+                for _ in range(0 if phase.ended.is_set() else pause):
+                    await asyncio.sleep(1)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     return Patient
@@ -293,34 +325,58 @@ class Replacer:
 
     cluster: Any
     jobs: Jobs
-    _asked: float = -math.inf
+    _look: threading.Thread | None = None
+    _asked: float = field(default_factory=time.monotonic)
+    _ended: int = 0
 
     def __call__(self) -> None:
-        """Look now and then."""
-        if time.monotonic() - self._asked < _ASK_EVERY:
-            return
-        self._asked = time.monotonic()
-        connected = {worker["name"] for worker in self.cluster.scheduler_info["workers"].values()}
-        absent = {name: job.job_id for name, job in dict(self.cluster.workers).items() if name not in connected}
-        ended = [name for name, number in absent.items() if number and _has_ended(self.jobs.system, number)]
+        """Look now and then, aside.
+
+        Raises
+        ------
+        RunStopped
+            One job after the other ended so, and not one worker is there.
+        """
+        if self._ended >= _MOST_ENDED * self.jobs.jobs and not self.cluster.scheduler_info["workers"]:
+            raise RunStopped(
+                f"{self._ended} jobs ended one after the other before their worker connected. {self.jobs.log} tells "
+                f"why{_last_words(self.jobs.log)}. What is finished is kept."
+            )
+        if time.monotonic() - self._asked > _ASK_EVERY and not (self._look and self._look.is_alive()):
+            self._asked = time.monotonic()
+            self._look = threading.Thread(target=self._replace, daemon=True)
+            self._look.start()
+
+    def _replace(self) -> None:
+        connected = {worker["name"] for worker in dict(self.cluster.scheduler_info["workers"]).values()}
+        absent = {job.job_id: name for name, job in dict(self.cluster.workers).items() if name not in connected}
+        numbers = [number for number in absent if number]
+        ended = [absent[number] for number in _ended_of(self.jobs.system, numbers)] if numbers else []
         if ended:
+            self._ended += len(ended)
             log.warning("%d jobs ended before their worker connected; %s tells why", len(ended), self.jobs.log)
             self.cluster.loop.add_callback(self.cluster.scale_down, ended)
 
 
-def _has_ended(system: System, number: str) -> bool:
-    """Ask the batch system whether a job is over; no answer is no."""
+def _last_words(folder: Path | None) -> str:
+    """Return the last line that a job said, if any did."""
+    files = sorted(folder.glob("*.err"), key=lambda file: file.stat().st_mtime) if folder else []
+    lines = files[-1].read_text(errors="replace").strip().splitlines() if files else []
+    return f" ({lines[-1]})" if lines else ""
+
+
+def _ended_of(system: System, numbers: list[str]) -> list[str]:
+    """Ask the batch system which jobs are over; no answer is none."""
+    listed = [",".join(numbers)] if system in _WITH_COMMAS else numbers
     try:
-        told = subprocess.run([*_LOOK[system], number], capture_output=True, text=True, timeout=_ANSWERS_WITHIN)
+        command = [*_LOOK[system], *listed]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_WITHIN, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    known = any(number in line and not _OVER.search(line) for line in told.stdout.splitlines())
-    return not known and _no_trouble(told)
-
-
-def _no_trouble(told: "subprocess.CompletedProcess[str]") -> bool:
-    """Tell whether the answer is about the job, and not that the batch system cannot be reached."""
-    return told.returncode == 0 or bool(_UNKNOWN.search(told.stderr + told.stdout))
+        return []
+    if told.returncode and not _UNKNOWN.search(told.stderr + told.stdout):
+        return []
+    living = [line for line in told.stdout.splitlines() if not _OVER.search(line)]
+    return [number for number in numbers if not any(re.search(rf"\b{number}\b", line) for line in living)]
 
 
 def _last_lines(error: Exception) -> str:
@@ -328,13 +384,13 @@ def _last_lines(error: Exception) -> str:
     return " ".join(lines[-3:])
 
 
-def _tell_pages(scheduler: Any, word: str) -> None:
-    """Say, on the terminal alone, how to look at dask's pages from elsewhere; the log may be read by others."""
+def _tell_pages(scheduler: Any, word: str, private: Path) -> None:
+    """Say how to look at dask's pages from elsewhere; not where others may read it, as logs."""
     port = scheduler.http_server.port
-    say(
-        f"dask's pages: ssh -N -L {port}:127.0.0.1:{port} {os.environ.get('USER', '')}@{socket.getfqdn()}\n"
-        f"then http://127.0.0.1:{port}/{word}/status"
-    )
+    tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
+    words = f"dask's pages: {tunnel}\nthen http://127.0.0.1:{port}/{word}/status"
+    (private / "pages").write_text(words + "\n")
+    say(words if sys.stderr.isatty() else f"dask's pages: {private / 'pages'} tells how to see them")
 
 
 def absent(jobs: Jobs) -> str:

@@ -259,8 +259,8 @@ def _take(folder: Path, me: Holder) -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path, stop: threading.Event) -> Iterator[None]:
-    """Prepare a run while every other part of it waits.
+def one_at_a_time(folder: Path, stop: threading.Event) -> Iterator[float]:
+    """Prepare a run while every other part of it waits; the time is that of the file system's clock.
 
     Raises
     ------
@@ -280,21 +280,28 @@ def one_at_a_time(folder: Path, stop: threading.Event) -> Iterator[None]:
                     f"the file system of {folder} has no locks ({error.strerror}), so that parts of a run cannot agree "
                     "who prepares it. Mount it with flock, choose another --out, or run it with --cluster."
                 ) from error
-        yield
+        os.utime(lock.fileno())
+        yield os.fstat(lock.fileno()).st_mtime
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     """Hold the lock under which a lease is changed (exclusive) or relied upon (shared)."""
-    try:
-        lock = (folder / ".lease.lock").open(
-            "a+"
-        )  # NFS locks for reading what can be read, for writing what can be written
-    except FileNotFoundError as error:
-        raise _lost(folder) from error
-    with lock:
+    with _lock_file(folder / ".lease.gate") as gate, _lock_file(folder / ".lease.lock") as lock:
+        # Writers in great number would never leave the lock to one who wants it alone: so who waits for it holds the
+        # gate, through which they all must come.
+        _acquire(gate, kind, folder)
         _acquire(lock, kind, folder)
+        with contextlib.suppress(OSError):
+            fcntl.flock(gate, fcntl.LOCK_UN)
         yield
+
+
+def _lock_file(path: Path) -> IO[str]:
+    try:
+        return path.open("a+")  # NFS locks for reading what can be read, for writing what can be written
+    except FileNotFoundError as error:
+        raise _lost(path.parent) from error
 
 
 def _lost(folder: Path) -> OutputLost:

@@ -6,7 +6,9 @@ own. They agree through the folder alone, so that a batch system may start them 
 
 import contextlib
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,7 +20,7 @@ from stillframe.clusters import executor
 from stillframe.durable import make_folder
 from stillframe.errors import RunStopped
 from stillframe.executors import Executor, InProcess, unit_budget
-from stillframe.leases import Holder, Lease, one_at_a_time, read_leases
+from stillframe.leases import HEARTBEAT, STALE, Holder, Lease, one_at_a_time, read_leases
 from stillframe.plans import read_stored_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
 from stillframe.progress import log
@@ -30,6 +32,8 @@ from stillframe.verify import known_settings
 
 _SURROUNDINGS = {"workers", "memory", "scheduler", "certificates", "cluster"}
 """Settings that change no result."""
+_LOOK_EVERY = 1.0
+"""Seconds between two looks whether a part is still at work."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.
     """Prepare the folder, or see that who did so before meant the same; then let the others go on."""
     make_folder(settings.out)
     with contextlib.ExitStack() as stack:
-        with one_at_a_time(settings.out, stop):
+        with one_at_a_time(settings.out, stop) as now:
             check_folder(settings, Holder.me(share))
-            others = read_leases(settings.out)
+            others = read_leases(settings.out, now)
             if others:
                 _refuse_other_settings(settings, others)
             source = open_source_of(settings)
@@ -157,11 +161,13 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
     """
     folder = folder.expanduser().absolute()
     settings = known_settings(folder)
+    stop = stop or threading.Event()
     with stopped_in_words(folder):
+        _wait_for_the_dead(folder, stop)
         check_folder(settings)
         source = open_source_of(settings)
         reference, origin = prepare_reference(settings, source)
-        nobody = InProcess(2**63, stop or threading.Event())
+        nobody = InProcess(2**63, stop)
         with driving(folder) as held:
             plan, parts = _known(folder)
             if plan.frames != source.shape[0]:
@@ -172,7 +178,17 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
             run = Run(source, plan, settings, reference, origin, nobody, held)
             if missing := run.missing():
                 raise RunStopped(_in_words(missing, plan, parts))
-            return run.put_together([])
+            return run.put_together(run.failures())
+
+
+def _wait_for_the_dead(folder: Path, stop: threading.Event) -> None:
+    """Wait while a part on another machine, which may have been killed just now, counts as alive."""
+    until = time.monotonic() + STALE + HEARTBEAT
+    while (found := read_leases(folder)) and time.monotonic() < until:
+        if any(holder.host == socket.gethostname() for holder in found):
+            return
+        if stop.wait(_LOOK_EVERY):
+            raise KeyboardInterrupt
 
 
 def _known(folder: Path) -> tuple[Plan, int]:

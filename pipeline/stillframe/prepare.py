@@ -73,7 +73,7 @@ def _own(name: str) -> bool:
     """Tell what a run that was killed at its very start leaves."""
     if is_lease(name) or is_private_folder(name) or (name.startswith(".") and name.endswith(".partial")):
         return True
-    return name in (".lease.lock", ".parts.lock", ".drafts", "jobs") or is_log(name)
+    return name in (".lease.lock", ".lease.gate", ".parts.lock", ".drafts", "jobs") or is_log(name)
 
 
 def _refuse_newer(out: Path) -> None:

@@ -75,7 +75,14 @@ class Settings(pydantic.BaseModel):
     align: bool = True
     """Whether frames are aligned, or only registered."""
 
-    @pydantic.field_validator("reference", "scheduler", "cluster")
+    @pydantic.field_validator("scheduler", "cluster")
+    @classmethod
+    def _absolute_if_plain_file(cls, value: str | None) -> str | None:
+        """A folder may have the name of a batch system."""
+        known = value is not None and Path(value).expanduser().is_file()
+        return str(Path(str(value)).expanduser().absolute()) if known else value
+
+    @pydantic.field_validator("reference")
     @classmethod
     def _absolute_if_file(cls, value: str | None) -> str | None:
         """Settings are read again from other folders."""

@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +20,8 @@ from stillframe.units import first_few
 
 _PACKAGES = ("stillframe", "numpy", "scipy", "numba", "zarr", "numcodecs", "dask", "distributed")
 """Whose versions decide the bytes of a result, or whether it arrives."""
-_SKEW = 60.0
-"""Seconds by which clocks may differ; stale leases are told by twice that and more."""
+_SKEW = 25.0
+"""Seconds by which clocks may differ; a stale lease is told by more than twice that."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,26 @@ def _scratch(folder: str) -> list[str]:
     return []
 
 
-def refuse_unfit_workers(client: Any, demands: Demands) -> None:
+def refuse_unfit_workers(client: Any, demands: Demands, *, some: bool = False) -> None:
     """Ask every worker that is connected.
 
     Raises
     ------
     WorkerUnfit
-        Names each worker that is not fit, and why.
+        Names the workers that are not fit, and why; if some may be, then only where none is.
     """
+    found = unfit_of(client, demands)
+    unfit = [f"worker {address}: {lacks}" for address, lacks in found.items() if lacks]
+    if len(unfit) == len(found) or (unfit and not some):
+        raise WorkerUnfit(f"{len(unfit)} of {len(found)} workers cannot take part. {first_few(unfit)}")
+
+
+def unfit_of(client: Any, demands: Demands, workers: Sequence[str] | None = None) -> dict[str, str]:
+    """Ask workers, by default all, and return for each what it lacks, in words, or nothing."""
     began = time.time()
-    answers: Mapping[str, Any] = client.run(_answer, demands, on_error="return")
+    answers: Mapping[str, Any] = client.run(_answer, demands, workers=workers, on_error="return")
     took = time.time() - began
-    found = {address: _judged(answer, began, took) for address, answer in answers.items()}
-    unfit = [f"worker {address}: {'; '.join(lacks)}" for address, lacks in found.items() if lacks]
-    if unfit:
-        raise WorkerUnfit(f"{len(unfit)} of {len(answers)} workers cannot take part. {first_few(unfit)}")
+    return {address: "; ".join(_judged(answer, began, took)) for address, answer in answers.items()}
 
 
 def _answer(demands: Demands, dask_worker: Any) -> tuple[list[str], float]:

@@ -36,9 +36,11 @@ def slurm(tmp_path_factory):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
     }
     script = str(HERE / "slurm.sh")
-    subprocess.run([script, "start", folder], env=environment, check=True)
-    yield environment
-    subprocess.run([script, "stop", folder], env=environment, check=True)
+    try:
+        subprocess.run([script, "start", folder], env=environment, check=True)
+        yield environment
+    finally:
+        subprocess.run([script, "stop", folder], env=environment, check=True)
 
 
 @pytest.fixture(scope="session")

@@ -229,11 +229,22 @@ def test_a_job_that_slurm_does_not_take_is_told(batch, stored, tmp_path):
     assert not list((tmp_path / "run").glob(".cluster.*"))
 
 
-def test_workers_that_never_come_are_waited_for_until_ctrl_c(batch, stored, tmp_path):
-    process = batch.start(*stored, tmp_path / "run", python=shutil.which("true"))
-    wait_for(lambda: list((tmp_path / "run" / "jobs").glob("*.err")), process)
+def test_jobs_that_all_end_at_once_are_told(batch, stored, tmp_path):
+    status, words = batch.start(*stored, tmp_path / "run", python=shutil.which("false")).end(200)
+    assert status == 2
+    assert "jobs ended one after the other before their worker connected" in words
+
+
+def test_a_queue_is_waited_for_until_ctrl_c(batch, stored, tmp_path):
+    """Nobody else can drive the same folder meanwhile."""
+    process = batch.start(*stored, tmp_path / "run", directives=["--hold"])
+    wait_for(lambda: batch.jobs(state="PD"), process)
+    second = batch.start(*stored, tmp_path / "run", directives=["--hold"])
+    status, words = second.end()
+    assert status == 2 and "is being written by process" in words
     process.process.send_signal(signal.SIGINT)
-    assert process.end()[0] == 130
+    status, words = process.end()
+    assert status == 130 and "Stopped" in words
 
 
 def test_another_user_reads_no_key(run, batch, stored, undisturbed, tmp_path):
