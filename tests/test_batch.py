@@ -135,6 +135,7 @@ def test_another_interpolation_redoes_only_the_alignment(stored, tmp_path):
     assert stores(out) == stores(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_another_mask_redoes_everything(stored, tmp_path):
     out, other = tmp_path / "run", tmp_path / "mask.npy"
     run(settings(stored, out))
@@ -144,6 +145,7 @@ def test_another_mask_redoes_everything(stored, tmp_path):
     assert stores(out) == stores(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_less_memory_changes_no_byte(stored, tmp_path):
     """Units follow from the frames alone, and a resumed run keeps those it began with."""
     plenty, little = tmp_path / "plenty", tmp_path / "little"
@@ -460,6 +462,7 @@ class TestBadInput:
         assert not (tmp_path / "run" / "lease.json").exists()
 
 
+@pytest.mark.slow
 def test_the_reference_comes_from_a_picture_or_another_run(stored, undisturbed, tmp_path):
     reference = sf.load_reference(undisturbed / "reference.zarr")
     np.save(tmp_path / "image.npy", reference.image)
@@ -481,6 +484,7 @@ def test_without_a_mask_every_pixel_is_valid(tmp_path):
         assert shifts["mask"].values.all()
 
 
+@pytest.mark.slow
 def test_settings_come_from_a_file_and_flags_go_before_it(stored, undisturbed, tmp_path):
     given = settings(stored, tmp_path / "elsewhere", max_shift=3)
     (tmp_path / "settings.toml").write_text(given.to_toml())

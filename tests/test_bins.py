@@ -117,6 +117,7 @@ def described(image, mask):
     return Picture(image, mask, 0.0, Moments(known.size, known.sum(), known @ known), holes_of(mask))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(masked_image(shape=(14, 17)), masked_image(shape=(14, 17)))
 def test_the_score_at_each_shift_is_that_of_the_surface(one, other):

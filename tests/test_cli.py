@@ -14,6 +14,7 @@ def stillframe(*arguments, cwd=None):
     )
 
 
+@pytest.mark.slow
 def test_simulate_then_what_it_says(tmp_path):
     made = stillframe("simulate", tmp_path / "sim", "--frames", 6, "--height", 64, "--width", 80, "--pattern", "spots")
     assert made.returncode == 0
@@ -43,6 +44,7 @@ def test_the_demonstration_tells_the_truth(tmp_path):
     np.testing.assert_allclose(rms, [float(masked[2]), float(masked[3])], atol=6e-4)
 
 
+@pytest.mark.slow
 def test_the_selftest_moves_the_users_own_frames(stored, tmp_path):
     frames, mask = stored
     shown = stillframe("selftest", frames, "--mask", mask, "--max-shift", 12, "--count", 40, cwd=tmp_path)

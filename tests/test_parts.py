@@ -49,6 +49,7 @@ def test_parts_in_any_order_make_the_same_bytes(stored, undisturbed, tmp_path):
     assert verify(out).findings == []
 
 
+@pytest.mark.slow
 def test_parts_at_once_make_the_same_bytes(stored, undisturbed, tmp_path):
     out = tmp_path / "run"
     parts = [subprocess.Popen([*run_command(stored, out), "--shard", f"{number}/4"]) for number in range(1, 5)]
@@ -72,6 +73,7 @@ def test_what_is_missing_is_named_and_nothing_put_together(stored, undisturbed, 
     assert stores(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_as_a_whole_goes_on_after_parts_and_parts_after_it(stored, undisturbed, tmp_path):
     out = tmp_path / "run"
     run_part(settings(stored, out), Share(2, 2))

@@ -53,6 +53,7 @@ def test_a_single_crystal_rolled_under_its_block(shift, ewald, ewald_mask):
     assert match["score"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_single_crystal_moved_by_fractions(ewald, ewald_mask):
     """What the errors are that users are promised; a resampled frame must be better than they are."""
     reference = Reference(ewald, ewald_mask, max_shift=8)

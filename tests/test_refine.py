@@ -152,6 +152,7 @@ def test_smoothing_looks_at_valid_pixels_only():
 
 
 class TestIteratedReference:
+    @pytest.mark.slow
     def test_is_sharp_where_the_plain_mean_is_smeared(self):
         draw = Draw("spots", dose=50.0)
         stack, _ = draw.frames(48, reach=5.0, seed=2)

@@ -74,7 +74,7 @@ class TestOnACluster:
 
     def test_those_that_come_later_are_sent_away_before_they_do_anything(self, demands, capsys, monkeypatch):
         """Their folder is gone when they look; none is better, so that the run stops and says why."""
-        monkeypatch.setattr("stillframe.executors._MOST_UNFIT", 1)
+        monkeypatch.setattr("stillframe.executors._MOST_UNFIT", 0)
         from distributed import Client, LocalCluster
 
         lost = replace(demands, private=demands.private / "gone")

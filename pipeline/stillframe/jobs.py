@@ -69,7 +69,7 @@ class Jobs(pydantic.BaseModel):
     Examples
     --------
     >>> Jobs(system="slurm", walltime="04:00:00").leaves_after
-    (13500.0, 300.0)
+    (13800.0, 300.0)
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
