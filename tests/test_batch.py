@@ -71,6 +71,7 @@ def test_a_run_folder_holds_what_is_promised(undisturbed):
         "run.log",
         "shifts.png",
         ".lease.lock",
+        ".lease.gate",
     }
     assert (undisturbed / "shifts.png").read_bytes()[:4] == b"\x89PNG"
     assert "24 of 24 frames" in (undisturbed / "run.log").read_text()

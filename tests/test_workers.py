@@ -74,12 +74,12 @@ class TestOnACluster:
 
     def test_those_that_come_later_are_sent_away_before_they_do_anything(self, demands, capsys, monkeypatch):
         """Their folder is gone when they look; none is better, so that the run stops and says why."""
-        monkeypatch.setattr("stillframe.executors._MOST_UNFIT", 0)
+        monkeypatch.setattr("stillframe.executors._MOST_UNFIT", 1)
         from distributed import Client, LocalCluster
 
         lost = replace(demands, private=demands.private / "gone")
         with (
-            LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster) as client,
         ):
             keep = lambda: cluster.scale(1)  # noqa: E731
