@@ -21,7 +21,7 @@ from stillframe.units import unit_memory
 
 SHAPE = (2048, 2048)
 UNIT, REACH, DISTINCT = 16, 32, 4
-STACKS = (100, 1000, 10000) if LONG else (32, 256)
+STACKS = (100, 1000, 10000) if LONG else (96, 256)
 CONTROLLERS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 _PEAKS: dict[int, int] = {}
 
