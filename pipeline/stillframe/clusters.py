@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import signal
 import threading
 import time
@@ -191,6 +192,7 @@ _LOCAL = {
     "distributed.scheduler.allowed-failures": 1,
     "distributed.worker.http.routes": [],
     "distributed.deploy.lost-worker-timeout": "3s",
+    "distributed.scheduler.worker-saturation": math.inf,  # few units are under way for each worker, and wait there
 }
 
 

@@ -4,6 +4,7 @@ Nothing here knows how a cluster came to be: see :mod:`stillframe.clusters`.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -42,6 +43,8 @@ _WITHOUT_WORKERS = 60.0
 _ON = "on worker "
 _QUEUED = 2
 """Tasks given to each worker beyond the one it works on, so that it never waits."""
+_AHEAD, _MOST_QUEUED = 0.25, 50
+"""Seconds of work that are under way, and at most so many tasks for each worker, where tasks are short."""
 
 
 @dataclass(frozen=True)
@@ -194,49 +197,62 @@ class OnCluster:
         room = _Room(self, alone, unfit)
 
         def submit(some: Iterable[Try[Item]]) -> None:
-            for attempt in some:
-                future = self._submit(work, attempt, retries=0 if alone else 1)
+            for future, attempt in self._submit(work, list(some), retries=0 if alone else 1):
                 tasks[future] = attempt
                 future.add_done_callback(done.put)
 
         submit(itertools.islice(waiting, room.tasks()))
         try:
             while tasks:
-                future = self._next(done, room)
-                attempt, outcome = tasks.pop(future), _outcome(future)
-                if outcome is _FORGOTTEN and attempt.lost < _LOSSES:
-                    submit([replace(attempt, lost=attempt.lost + 1)])
-                elif isinstance(outcome, WorkerUnfit):
-                    unfit.dismiss(where_of(outcome), outcome)
-                    submit([replace(attempt, failed_on=where_of(outcome))])
-                else:
-                    yield attempt.item, _NOT_FETCHED if outcome is _FORGOTTEN else outcome
-                    submit(itertools.islice(waiting, max(0, room.tasks() - len(tasks))))
+                ready = self._next(done, room)
+                ended = [(tasks.pop(future), outcome) for future, outcome in self._outcomes(ready)]
+                room.done += len(ended)
+                again = [_to_repeat(attempt, outcome, unfit) for attempt, outcome in ended]
+                submit(attempt for attempt in again if attempt)
+                submit(itertools.islice(waiting, max(0, room.tasks() - len(tasks))))
+                for (attempt, outcome), repeated in zip(ended, again, strict=True):
+                    if not repeated:
+                        yield attempt.item, _NOT_FETCHED if outcome is _FORGOTTEN else outcome
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel(list(tasks))
 
-    def _submit(self, work: Callable[[Item], Any], attempt: Try[Item], retries: int) -> Any:
+    def _submit(
+        self, work: Callable[[Item], Any], tries: list[Try[Item]], retries: int
+    ) -> Iterator[tuple[Any, Try[Item]]]:
+        """Send tasks, all in one message but those that are to go elsewhere; yield each with its future."""
+        told = functools.partial(_told_where, work, self.demands)
+        plain = [attempt for attempt in tries if not attempt.failed_on]
         try:
-            place = self._elsewhere(attempt.failed_on) if attempt.failed_on else {}
-            arguments = (work, self.demands, attempt.item)
-            return self.client.submit(_told_where, *arguments, pure=False, retries=retries, **place)
+            sent = self.client.map(told, [one.item for one in plain], pure=False, retries=retries) if plain else []
+            yield from zip(sent, plain, strict=True)
+            for attempt in tries:
+                if attempt.failed_on:
+                    place = self._elsewhere(attempt.failed_on)
+                    yield self.client.submit(told, attempt.item, pure=False, retries=retries, **place), attempt
         except Exception as error:  # nothing but a closed client: what is sent is plain
             raise _lost(error) from error
+
+    def _outcomes(self, futures: list[Any]) -> list[tuple[Any, Any]]:
+        """Fetch what tasks returned, at once where all did."""
+        if len(futures) > 1 and all(future.status == "finished" for future in futures):
+            with contextlib.suppress(Exception):  # told one by one
+                return list(zip(futures, self.client.gather(futures), strict=True))
+        return [(future, _outcome(future)) for future in futures]
 
     def _elsewhere(self, address: str) -> dict[str, Any]:
         """Ask for any worker but this one, unless it is the only one."""
         others = [worker for worker in self.client.nthreads() if worker != address]
         return {"workers": others, "allow_other_workers": True} if others else {}
 
-    def _next(self, done: "queue.SimpleQueue[Any]", room: "_Room") -> Any:
-        """Wait for the next task to end, with an eye on a stop and on the workers."""
+    def _next(self, done: "queue.SimpleQueue[Any]", room: "_Room") -> list[Any]:
+        """Wait for the next tasks to end, with an eye on a stop and on the workers."""
         until = time.monotonic() + _WITHOUT_WORKERS
         while True:
             if self.stop.is_set():
                 raise KeyboardInterrupt
             with contextlib.suppress(queue.Empty):
-                return done.get(timeout=_POLL)
+                return [done.get(timeout=_POLL), *(done.get() for _ in range(done.qsize()))]
             room.tasks()
             if time.monotonic() > until:
                 until += self._warn_of_no_workers()
@@ -263,18 +279,41 @@ class OnCluster:
         return bool(self.client.nthreads())
 
 
+def _to_repeat(attempt: Try[Item], outcome: Any, unfit: "_Unfit") -> Try[Item] | None:
+    """Return what is to be tried once more, as nothing came of it yet."""
+    if outcome is _FORGOTTEN and attempt.lost < _LOSSES:
+        return replace(attempt, lost=attempt.lost + 1)
+    if isinstance(outcome, WorkerUnfit):
+        unfit.dismiss(where_of(outcome), outcome)
+        return replace(attempt, failed_on=where_of(outcome))
+    return None
+
+
 @dataclass
 class _Room:
-    """How many tasks may be under way: a few more than there are workers, who may come and go."""
+    """How many tasks may be under way: a few more than there are workers, who may come and go.
+
+    More where they are short: what is fetched and sent at once costs as much as one task alone.
+    """
 
     cluster: OnCluster
     alone: bool
     unfit: "_Unfit"
+    done: int = 0
+    """Tasks that have ended."""
+    _began: float = field(default_factory=time.monotonic)
     _counted: float = -math.inf
-    _tasks: int = 1
+    _threads: int = 1
 
     def tasks(self) -> int:
         """Return how many, after a look at the workers now and then."""
+        self._count()
+        if self.alone:
+            return 1
+        soon = int(_AHEAD * self.done / (time.monotonic() - self._began))
+        return max((1 + _QUEUED) * self._threads, min(soon, _MOST_QUEUED * self._threads))
+
+    def _count(self) -> None:
         client = self.cluster.client
         if client.status == "running" and time.monotonic() - self._counted > _RECOUNT:
             self._counted = time.monotonic()
@@ -283,12 +322,11 @@ class _Room:
                 if self.cluster.demands:
                     self.unfit.look(self.cluster.demands, list(threads))
             except OSError:  # the scheduler is going; its tasks are going to say so
-                return self._tasks
+                return
             there = sum(threads.values())
-            self._tasks = 1 if self.alone else (1 + _QUEUED) * max(1, there)
+            self._threads = max(1, there)
             if self.cluster.keep and there < self.cluster.workers:
                 self.cluster.keep()
-        return self._tasks
 
 
 @dataclass

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import getpass
 import importlib
+import math
 import re
 import shlex
 import signal
@@ -197,7 +198,9 @@ def started(jobs: Jobs, private: Path) -> Iterator[Any]:
 
 
 _CONFIGURATION = {
-    "distributed.scheduler.worker-saturation": 1.1,  # one unit waits on each worker, no more: they are long
+    # Few units are under way for each worker, which suits long ones; that they wait there and not at the scheduler saves
+    # a journey for each.
+    "distributed.scheduler.worker-saturation": math.inf,
     "distributed.deploy.lost-worker-timeout": "15s",  # time for a nanny to start its worker again
 }
 
