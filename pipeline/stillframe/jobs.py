@@ -198,8 +198,8 @@ def started(jobs: Jobs, private: Path) -> Iterator[Any]:
 
 
 _CONFIGURATION = {
-    # Few units are under way for each worker, which suits long ones; that they wait there and not at the scheduler saves
-    # a journey for each.
+    # Few units are under way for each worker, which suits long ones; that they wait there, and not at the scheduler,
+    # saves a journey for each.
     "distributed.scheduler.worker-saturation": math.inf,
     "distributed.deploy.lost-worker-timeout": "15s",  # time for a nanny to start its worker again
 }
