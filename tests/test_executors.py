@@ -91,5 +91,5 @@ def test_workers_of_ones_own_are_brought_back():
     from distributed import Client, LocalCluster
 
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
-        executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, keep=lambda: cluster.scale(1))
+        executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, keep=lambda _: cluster.scale(1))
         assert list(results(executor, str, [1])) == [(1, "1")]

@@ -182,7 +182,31 @@ def test_jobs_that_all_end_before_their_worker_connects_stop_the_run(tmp_path):
     (tmp_path / "stillframe-1.err").write_text("srun: oops\n/bin/python: No such file or directory\n")
     cluster = SimpleNamespace(scheduler_info={"workers": {}})
     replacer = Replacer(cluster, Jobs(system="slurm", jobs=2, log=tmp_path))
-    replacer()
-    replacer._ended = 6
-    with pytest.raises(RunStopped, match=r"6 jobs ended .* \(/bin/python: No such file or directory\)"):
-        replacer()
+    replacer(0)
+    replacer._ended = 4
+    with pytest.raises(RunStopped, match=r"4 jobs ended .* \(/bin/python: No such file or directory\)"):
+        replacer(0)
+
+
+def test_jobs_that_end_now_and_then_are_no_reason_to_stop(tmp_path):
+    """As workers do before their walltime, for days."""
+    replacer = Replacer(SimpleNamespace(), Jobs(system="slurm", jobs=1, log=tmp_path))
+    replacer._ended = 2
+    replacer(1)
+    replacer(0)
+    assert replacer._ended == 0
+
+
+def test_a_job_counts_as_one_whose_worker_never_connected_when_dask_has_not_heard_of_it_for_long(monkeypatch, tmp_path):
+    gone = []
+    loop = SimpleNamespace(add_callback=lambda _, names: gone.extend(names))
+    workers = {"worker-1": SimpleNamespace(job_id="11"), "worker-2": SimpleNamespace(job_id="12")}
+    here = {"tls://1": {"name": "worker-1"}}
+    cluster = SimpleNamespace(scheduler_info={"workers": here}, workers=workers, loop=loop, scale_down=None)
+    monkeypatch.setattr("stillframe.jobs._ended_of", lambda _, numbers: numbers)
+    replacer = Replacer(cluster, Jobs(system="slurm", jobs=2, log=tmp_path))
+    replacer._replace()
+    assert gone == []
+    replacer._over["12"] -= 21
+    replacer._replace()
+    assert gone == ["worker-2"]

@@ -208,9 +208,25 @@ def test_aligned_frames_of_other_shifts_do_not_pass_for_these(stored, tmp_path, 
     finish(stored, out)
     assert run(settings(stored, out, align=False)).problems == []
     assert zarr.open_group(out / "aligned.zarr").attrs["complete"] is True
-    run(settings(stored, out, align=False, max_shift=10))
+    run(settings(stored, out, align=False, subpixel=False))
     assert "6 units of aligned.zarr are out of date" in capsys.readouterr().err
     attributes = zarr.open_group(out / "aligned.zarr").attrs
     assert attributes["complete"] is False and len(attributes["missing"]) == 6
     assert not Ledger(out).numbers("align")
     assert verify(out).findings == []
+
+
+def test_aligned_frames_of_the_same_shifts_stay_however_they_were_moved(stored, tmp_path):
+    """Only registering again must not cost what took long to make."""
+    out = tmp_path / "run"
+    finish(stored, out, interpolation="cubic")
+    before = stores(out)["aligned.zarr"]
+    assert run(settings(stored, out, align=False)).problems == []
+    finish(stored, out, interpolation="cubic")
+    assert stores(out)["aligned.zarr"] == before
+
+
+def test_a_new_folder_in_which_nothing_was_begun_is_removed(stored, tmp_path):
+    with pytest.raises(ValueError, match="memory"):
+        run(settings(stored, tmp_path / "run", memory=0.01))
+    assert not (tmp_path / "run").exists()

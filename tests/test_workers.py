@@ -82,7 +82,7 @@ class TestOnACluster:
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster) as client,
         ):
-            keep = lambda: cluster.scale(1)  # noqa: E731
+            keep = lambda _: cluster.scale(1)  # noqa: E731
             executor = OnCluster(client, 2**30, threading.Event(), "1 worker", 1, keep=keep, demands=lost)
             with pytest.raises(RunStopped, match="not fit for this run, the last one too: it cannot write into"):
                 list(results(executor, os.getpid, range(4)))

@@ -23,7 +23,7 @@ import xarray as xr
 
 from stillframe.clusters import executor
 from stillframe.doors import sweep, warn_of_open_folder
-from stillframe.durable import make_folder, write_durably
+from stillframe.durable import digest_of, make_folder, write_durably
 from stillframe.errors import NewerVersion, RunStopped, hopeless
 from stillframe.executors import Executor, is_killed, results, unit_budget
 from stillframe.flags import Flag
@@ -37,7 +37,7 @@ from stillframe.origin import Origin
 from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, outdated
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
-from stillframe.progress import Meter, is_log, log, log_name, log_to, progress_bar, warn
+from stillframe.progress import Meter, log, log_name, log_to, progress_bar, warn
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
 from stillframe.reference import Reference
 from stillframe.report import plot_shifts
@@ -46,6 +46,7 @@ from stillframe.settings import Settings
 from stillframe.store import (
     create_aligned,
     load_reference,
+    mark_incomplete,
     save_reference,
     seal_aligned,
     shifts_dataset,
@@ -166,13 +167,17 @@ def driving(folder: Path, share: Share | None = None) -> Iterator[Lease]:
             yield held
     finally:
         if new and not (folder / "settings.toml").exists():
-            _remove_if_empty(folder)
+            _remove_if_empty(folder, share)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _remove_if_empty(folder: Path, share: Share | None) -> None:
     """Remove a folder that holds nothing but what whoever drives it needs himself."""
-    if all(is_log(file.name) or file.name.startswith(".lease.") for file in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+    own = {log_name(share), ".lease.lock", ".lease.gate"}
+    with contextlib.suppress(OSError):
+        if {file.name for file in folder.iterdir()} <= own:
+            for name in own:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def run_once(
@@ -317,6 +322,7 @@ class Run:
     def _begin(self) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
         found = outdated(self._ledger, self.plan.units, self._marker)  # first, as it refuses what is newer
+        found = [one for one in found if self.settings.align or one.stage == "register"]
         # From the first file on, the folder is known as a run's.
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._store_reference()
@@ -430,7 +436,8 @@ class Run:
 
     def _create_aligned(self, shifts: xr.Dataset) -> None:
         """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
-        if not self._has_aligned:
+        if not self.settings.align:
+            mark_incomplete(self._out / "aligned.zarr")  # until it is known which shifts are still the same
             return
         frames = lazy_frames(self.source, self.plan.unit_frames)
         aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
@@ -452,7 +459,18 @@ class Run:
         """Return the units whose aligned frames are not there, or are those of another time."""
         if not self._has_aligned:
             return []
-        return [unit for unit in self.plan.units if not holds_aligned(self._ledger, unit, self._marker)]
+        holds = self._holds_aligned if self.settings.align else self._holds_same_shifts
+        return [unit for unit in self.plan.units if not holds(unit)]
+
+    def _holds_aligned(self, unit: Unit) -> bool:
+        return holds_aligned(self._ledger, unit, self._marker)
+
+    def _holds_same_shifts(self, unit: Unit) -> bool:
+        """Tell whether frames were aligned, in whatever way, by the shifts that are recorded now."""
+        registered, aligned = (self._ledger.read(stage, unit.number) for stage in STAGES)
+        if registered is None or aligned is None or not aligned.files:
+            return False
+        return aligned.shifts == digest_of(moves_of(registered))
 
     def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
         holes = self._holes()

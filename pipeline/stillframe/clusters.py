@@ -71,7 +71,7 @@ def executor(settings: Settings, client: Any, stop: threading.Event, home: Path 
 def _joined(client: Any, settings: Settings, stop: threading.Event, home: Path) -> Iterator[OnCluster]:
     """Use a cluster that runs already, when its workers are found fit."""
     warn_of_open_door(client.scheduler_info()["address"])
-    _wait_for_workers(client, stop, OnCluster.absent, lambda: None)
+    _wait_for_workers(client, stop, OnCluster.absent, lambda _: None)
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     shares = [worker["memory_limit"] // worker["nthreads"] for worker in workers if worker["memory_limit"]]
     memory = int(settings.memory * 2**30) if settings.memory else min(shares, default=_per_worker(settings, cores()))
@@ -103,13 +103,13 @@ def _private(home: Path) -> Iterator[Path]:
         yield folder
 
 
-def _wait_for_workers(client: Any, stop: threading.Event, advice: str, keep: Callable[[], None]) -> None:
+def _wait_for_workers(client: Any, stop: threading.Event, advice: str, keep: Callable[[int], None]) -> None:
     """Wait for the first worker, however long a queue is, and say so now and then."""
     told, pause = time.monotonic(), 0.05
     while not client.nthreads():
         if stop.wait(pause):
             raise KeyboardInterrupt
-        keep()
+        keep(0)
         pause = min(2 * pause, _FIRST_LOOK)
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic() + 9 * _TELL_EVERY
@@ -182,9 +182,14 @@ def _local(settings: Settings, stop: threading.Event) -> Iterator[OnCluster]:
                 silence_logs=logging.CRITICAL,
             )
         for_those_who_know(cluster.scheduler, word)
+
+        def keep(there: int) -> None:
+            """Bring back a worker that died while its nanny started it again, which nobody else does."""
+            if there < workers:
+                cluster.scale(workers)
+
         with cluster, Client(cluster) as client:
-            # A worker that died while its nanny started it again is brought back by nobody else.
-            yield replace(_on(client, memory, stop, workers), keep=lambda: cluster.scale(workers), patient=False)
+            yield replace(_on(client, memory, stop, workers), keep=keep, patient=False)
 
 
 _LOCAL = {

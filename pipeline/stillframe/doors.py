@@ -35,7 +35,7 @@ def private_folder(out: Path) -> Iterator[Path]:
     try:
         with (folder / "lock").open("w") as lock:
             with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps either
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

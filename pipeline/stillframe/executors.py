@@ -35,6 +35,8 @@ _MOST_UNFIT = 8
 """Workers that are sent away before the run stops."""
 _LOSSES = 3
 """How often a result may get lost before its item counts as failed."""
+_FETCHED_WITHIN = 30.0
+"""Seconds after which a result counts as lost; it is small."""
 _RECOUNT = 2.0
 """Seconds between two counts of the workers."""
 _WITHOUT_WORKERS = 60.0
@@ -177,8 +179,8 @@ class OnCluster:
     stop: threading.Event
     name: str
     workers: int
-    keep: Callable[[], None] | None = None
-    """Brings back workers that were started here and died, as far as nobody else does."""
+    keep: Callable[[int], None] | None = None
+    """Told how many are there, brings back workers that were started here and died, as far as nobody else does."""
     patient: bool = True
     """Whether to wait for workers however long, where none is left."""
     demands: Demands | None = None
@@ -237,7 +239,8 @@ class OnCluster:
         """Fetch what tasks returned, at once where all did."""
         if len(futures) > 1 and all(future.status == "finished" for future in futures):
             with contextlib.suppress(Exception):  # told one by one
-                return list(zip(futures, self.client.gather(futures), strict=True))
+                gather = functools.partial(self.client.gather, futures, asynchronous=True)
+                return list(zip(futures, self.client.sync(gather, callback_timeout=_FETCHED_WITHIN), strict=True))
         return [(future, _outcome(future)) for future in futures]
 
     def _elsewhere(self, address: str) -> dict[str, Any]:
@@ -325,8 +328,8 @@ class _Room:
                 return
             there = sum(threads.values())
             self._threads = max(1, there)
-            if self.cluster.keep and there < self.cluster.workers:
-                self.cluster.keep()
+            if self.cluster.keep:
+                self.cluster.keep(there)
 
 
 @dataclass
@@ -369,12 +372,12 @@ def _outcome(future: Any) -> Any:
     status = future.status
     if status == "error":
         return future.exception()
-    if status == "lost":
+    if status in ("lost", "pending"):
         return _FORGOTTEN
     if status != "finished":
         raise _lost(status)
     try:
-        return future.result()
+        return future.result(timeout=_FETCHED_WITHIN)
     except Exception as error:  # the task raised nothing, so that its result could not be fetched
         if future.status == "error":  # lost with its worker, it was done again, and killed the next ones
             return future.exception()

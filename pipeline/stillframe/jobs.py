@@ -6,9 +6,9 @@ killed, preempted or cancelled is asked for again. Doors are closed: see :mod:`s
 
 import asyncio
 import contextlib
-import getpass
 import importlib
 import math
+import os
 import re
 import shlex
 import signal
@@ -56,7 +56,9 @@ _OVER = re.compile(r"\b(DONE|EXIT|COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|P
 _UNKNOWN = re.compile("invalid job id|unknown job|has finished|do not exist|not found", re.IGNORECASE)
 _WITH_COMMAS = ("slurm", "sge")
 _ASK_EVERY, _ANSWERS_WITHIN, _LONGEST_PAUSE = 10.0, 10.0, 60
-_MOST_ENDED = 3
+_SURE_AFTER = 20.0
+"""Seconds after which a job that is over is one whose worker never connected; longer than dask's own patience."""
+_MOST_ENDED = 2
 """How often each job may end before its worker connects, where no worker is there at all."""
 _WITHOUT_SCHEDULER = 60
 """Seconds after which a worker whose driver is gone ends its job."""
@@ -315,11 +317,21 @@ def _patient(job_class: Any, phase: _Phase) -> Any:
                         self.status = Status.failed
                         raise
                     log.warning("a worker could not be replaced, to be tried again: %s", _last_lines(error))
-                for _ in range(0 if phase.ended.is_set() else pause):
-                    await asyncio.sleep(1)
+                await _sleep(pause, phase.ended)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed  # which dask looks for in all that it made
+
     return Patient
+
+
+async def _sleep(seconds: int, ended: threading.Event) -> None:
+    """Wait, unless it is all over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not ended.is_set():
+        await asyncio.sleep(0.5)
 
 
 @dataclass
@@ -330,17 +342,22 @@ class Replacer:
     jobs: Jobs
     _look: threading.Thread | None = None
     _asked: float = field(default_factory=time.monotonic)
+    _over: dict[str, float] = field(default_factory=dict)
     _ended: int = 0
 
-    def __call__(self) -> None:
-        """Look now and then, aside.
+    def __call__(self, there: int) -> None:
+        """Look now and then, aside, while fewer workers are there than should be.
 
         Raises
         ------
         RunStopped
             One job after the other ended so, and not one worker is there.
         """
-        if self._ended >= _MOST_ENDED * self.jobs.jobs and not self.cluster.scheduler_info["workers"]:
+        if there:
+            self._ended = 0
+        if there >= self.jobs.jobs:
+            return
+        if self._ended >= _MOST_ENDED * self.jobs.jobs:
             raise RunStopped(
                 f"{self._ended} jobs ended one after the other before their worker connected. {self.jobs.log} tells "
                 f"why{_last_words(self.jobs.log)}. What is finished is kept."
@@ -354,7 +371,11 @@ class Replacer:
         connected = {worker["name"] for worker in dict(self.cluster.scheduler_info["workers"]).values()}
         absent = {job.job_id: name for name, job in dict(self.cluster.workers).items() if name not in connected}
         numbers = [number for number in absent if number]
-        ended = [absent[number] for number in _ended_of(self.jobs.system, numbers)] if numbers else []
+        over = _ended_of(self.jobs.system, numbers) if numbers else []
+        now = time.monotonic()
+        self._over = {number: self._over.get(number, now) for number in over}
+        # Whatever was connected once, dask has taken note of by then.
+        ended = [absent[number] for number, since in self._over.items() if now - since > _SURE_AFTER]
         if ended:
             self._ended += len(ended)
             log.warning("%d jobs ended before their worker connected; %s tells why", len(ended), self.jobs.log)
@@ -390,7 +411,7 @@ def _last_lines(error: Exception) -> str:
 def _tell_pages(scheduler: Any, word: str, private: Path) -> None:
     """Say how to look at dask's pages from elsewhere; not where others may read it, as logs."""
     port = scheduler.http_server.port
-    tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
+    tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {os.environ.get('USER') or os.getuid()}@{socket.gethostname()}"
     words = f"dask's pages: {tunnel}\nthen http://127.0.0.1:{port}/{word}/status"
     (private / "pages").write_text(words + "\n")
     say(words if sys.stderr.isatty() else f"dask's pages: {private / 'pages'} tells how to see them")

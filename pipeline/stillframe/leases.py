@@ -35,6 +35,8 @@ PATIENCE = 60.0
 """Seconds in which writers of an earlier run finish the file they are at."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 """What a file system without locks says; a look at the lease is all there is on it."""
+_AT_THE_GATE = 10
+"""How many who want the lock alone, and do not get it, a writer outwaits."""
 _OWNERS = 0o644
 """Mode of a lease, whatever else is open to a group: everybody may read who drives, and nobody else change it."""
 _POLL = 0.05
@@ -290,8 +292,8 @@ def _locked(folder: Path, kind: int) -> Iterator[None]:
     with _lock_file(folder / ".lease.gate") as gate, _lock_file(folder / ".lease.lock") as lock:
         # Writers in great number would never leave the lock to one who wants it alone: so who waits for it holds the
         # gate, through which they all must come.
-        _acquire(gate, kind, folder)
-        _acquire(lock, kind, folder)
+        _acquire(gate, kind, folder, PATIENCE if kind == fcntl.LOCK_EX else _AT_THE_GATE * PATIENCE)
+        _acquire(lock, kind, folder, PATIENCE)
         with contextlib.suppress(OSError):
             fcntl.flock(gate, fcntl.LOCK_UN)
         yield
@@ -308,12 +310,12 @@ def _lost(folder: Path) -> OutputLost:
     return OutputLost(errno.ENOENT, "the folder of the results is gone", str(folder))
 
 
-def _acquire(lock: IO[str], kind: int, folder: Path) -> None:
-    until = time.monotonic() + PATIENCE
+def _acquire(lock: IO[str], kind: int, folder: Path, patience: float) -> None:
+    until = time.monotonic() + patience
     while not _acquired(lock, kind):
         if time.monotonic() > until:
             raise LeaseError(
-                f"a process of an earlier run still writes into {folder} and did not end within {PATIENCE:g} s. Look "
+                f"a process of an earlier run still writes into {folder} and did not end within {patience:g} s. Look "
                 "for paused stillframe or dask processes that have it open (lsof), stop them, and run this again."
             )
         time.sleep(_POLL)

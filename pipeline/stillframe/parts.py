@@ -32,6 +32,8 @@ from stillframe.verify import known_settings
 
 _SURROUNDINGS = {"workers", "memory", "scheduler", "certificates", "cluster"}
 """Settings that change no result."""
+_SKEW = 25.0
+"""Seconds by which clocks may differ."""
 _LOOK_EVERY = 1.0
 """Seconds between two looks whether a part is still at work."""
 
@@ -183,7 +185,7 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
 
 def _wait_for_the_dead(folder: Path, stop: threading.Event) -> None:
     """Wait while a part on another machine, which may have been killed just now, counts as alive."""
-    until = time.monotonic() + STALE + HEARTBEAT
+    until = time.monotonic() + STALE + HEARTBEAT + _SKEW
     while (found := read_leases(folder)) and time.monotonic() < until:
         if any(holder.host == socket.gethostname() for holder in found):
             return

@@ -137,6 +137,11 @@ def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> None:
     shutil.rmtree(partial)
 
 
+def mark_incomplete(path: Path) -> None:
+    """Let a store of aligned frames, where there is one, not pass for finished."""
+    _mark(path, complete=False)
+
+
 def _mark(path: Path, **attributes: Any) -> None:
     """Change attributes of the root of a store, if it has one that can be understood."""
     root = path / "zarr.json"

@@ -114,16 +114,17 @@ def refuse_unfit_workers(client: Any, demands: Demands, *, some: bool = False) -
     """
     found = unfit_of(client, demands)
     unfit = [f"worker {address}: {lacks}" for address, lacks in found.items() if lacks]
-    if len(unfit) == len(found) or (unfit and not some):
+    if unfit and not (some and len(unfit) < len(found)):
         raise WorkerUnfit(f"{len(unfit)} of {len(found)} workers cannot take part. {first_few(unfit)}")
 
 
 def unfit_of(client: Any, demands: Demands, workers: Sequence[str] | None = None) -> dict[str, str]:
-    """Ask workers, by default all, and return for each what it lacks, in words, or nothing."""
+    """Ask workers, by default all, and return for each what it lacks, in words, or nothing; who is gone is left out."""
     began = time.time()
     answers: Mapping[str, Any] = client.run(_answer, demands, workers=workers, on_error="return")
     took = time.time() - began
-    return {address: "; ".join(_judged(answer, began, took)) for address, answer in answers.items()}
+    there = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
+    return {address: "; ".join(_judged(answer, began, took)) for address, answer in there.items()}
 
 
 def _answer(demands: Demands, dask_worker: Any) -> tuple[list[str], float]:
