@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,13 +189,16 @@ def test_jobs_that_all_end_before_their_worker_connects_stop_the_run(tmp_path):
         replacer(0)
 
 
-def test_jobs_that_end_now_and_then_are_no_reason_to_stop(tmp_path):
+def test_jobs_that_end_now_and_then_are_no_reason_to_stop(tmp_path, monkeypatch):
     """As workers do before their walltime, for days."""
-    replacer = Replacer(SimpleNamespace(), Jobs(system="slurm", jobs=1, log=tmp_path))
+    monkeypatch.setattr("stillframe.jobs._ASK_EVERY", 0.01)
+    cluster = SimpleNamespace(scheduler_info={"workers": {"tls://1": {"name": "worker-1"}}})
+    replacer = Replacer(cluster, Jobs(system="slurm", jobs=1, log=tmp_path))
     replacer._ended = 2
-    replacer(1)
+    with replacer.watching():
+        while replacer._ended:
+            time.sleep(0.01)
     replacer(0)
-    assert replacer._ended == 0
 
 
 def test_a_job_counts_as_one_whose_worker_never_connected_when_dask_has_not_heard_of_it_for_long(monkeypatch, tmp_path):

@@ -87,8 +87,7 @@ def _batch(jobs: Jobs, settings: Settings, stop: threading.Event, home: Path) ->
     """Start workers as jobs of a batch system, and go on with the first that comes."""
     with _private(home) as folder:
         jobs = with_settings(jobs, settings, settings.out / "jobs" if home == settings.out else folder)
-        with started(jobs, folder) as client:
-            keep = Replacer(client.cluster, jobs)
+        with started(jobs, folder) as client, Replacer(client.cluster, jobs).watching() as keep:
             _wait_for_workers(client, stop, absent(jobs), keep)
             demands = demands_of(settings.frames, folder)
             refuse_unfit_workers(client, demands, some=True)

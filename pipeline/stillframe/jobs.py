@@ -340,32 +340,40 @@ class Replacer:
 
     cluster: Any
     jobs: Jobs
-    _look: threading.Thread | None = None
-    _asked: float = field(default_factory=time.monotonic)
     _over: dict[str, float] = field(default_factory=dict)
     _ended: int = 0
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Replacer"]:
+        """Look now and then, aside, whether there is work at the time or not."""
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(over,), name="stillframe-jobs", daemon=True)
+        watch.start()
+        try:
+            yield self
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(_ASK_EVERY):
+            there = len(self.cluster.scheduler_info["workers"])
+            self._ended = 0 if there else self._ended
+            if there < self.jobs.jobs:
+                self._replace()
+
     def __call__(self, there: int) -> None:
-        """Look now and then, aside, while fewer workers are there than should be.
+        """Stop where nobody would ever come.
 
         Raises
         ------
         RunStopped
             One job after the other ended so, and not one worker is there.
         """
-        if there:
-            self._ended = 0
-        if there >= self.jobs.jobs:
-            return
-        if self._ended >= _MOST_ENDED * self.jobs.jobs:
+        if not there and self._ended >= _MOST_ENDED * self.jobs.jobs:
             raise RunStopped(
                 f"{self._ended} jobs ended one after the other before their worker connected. {self.jobs.log} tells "
                 f"why{_last_words(self.jobs.log)}. What is finished is kept."
             )
-        if time.monotonic() - self._asked > _ASK_EVERY and not (self._look and self._look.is_alive()):
-            self._asked = time.monotonic()
-            self._look = threading.Thread(target=self._replace, daemon=True)
-            self._look.start()
 
     def _replace(self) -> None:
         connected = {worker["name"] for worker in dict(self.cluster.scheduler_info["workers"]).values()}
