@@ -285,8 +285,7 @@ class Run:
 
     @cached_property
     def _marker(self) -> Marker:
-        claim = self.held.claim()
-        return marker_of(self.settings, self.source, self.reference, self.plan, claim, self.plan.units)
+        return marker_of(self.settings, self.source, self.reference, self.plan, self.held.claim())
 
     @cached_property
     def _mine(self) -> Marker:

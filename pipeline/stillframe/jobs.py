@@ -359,7 +359,8 @@ class Replacer:
             there = len(self.cluster.scheduler_info["workers"])
             self._ended = 0 if there else self._ended
             if there < self.jobs.jobs:
-                self._replace()
+                with contextlib.suppress(RuntimeError):  # what dask changes meanwhile is looked at the next time
+                    self._replace()
 
     def __call__(self, there: int) -> None:
         """Stop where nobody would ever come.

@@ -31,6 +31,8 @@ HEARTBEAT = 5.0
 """Seconds between two signs of life of a lease."""
 STALE = 60.0
 """Seconds without a sign of life after which a lease on another machine is void."""
+SKEW = 25.0
+"""Seconds by which the clocks of machines may differ; a stale lease is told by more than twice that."""
 PATIENCE = 60.0
 """Seconds in which writers of an earlier run finish the file they are at."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}

@@ -23,20 +23,13 @@ _LOOKING = 8
 _SETTINGS = ("max_shift", "overlap_ratio", "saturation", "weights", "subpixel")
 
 
-def marker_of(
-    settings: Settings,
-    source: FrameSource,
-    reference: Reference,
-    plan: Plan,
-    claim: Claim,
-    units: Sequence[Unit] | None = None,
-) -> "Marker":
-    """Put together what units depend on, or some of them, with the job that their tasks share."""
+def marker_of(settings: Settings, source: FrameSource, reference: Reference, plan: Plan, claim: Claim) -> "Marker":
+    """Put together what units depend on, with the job that their tasks share."""
     stored = ReferenceFile(claim.folder / "reference.zarr", reference.digest)
     job = Job(source, stored, claim, settings.input_check == "contents")
     fill = check_fill(settings.fill, output_dtype(source.dtype, settings.interpolation))
     align = AlignUnit(job, settings.interpolation, fill, plan.unit_frames)
-    return Marker(reference, plan.units if units is None else units, plan.frames, align)
+    return Marker(reference, plan.units, plan.frames, align)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from stillframe.clusters import executor
 from stillframe.durable import make_folder
 from stillframe.errors import RunStopped
 from stillframe.executors import Executor, InProcess, unit_budget
-from stillframe.leases import HEARTBEAT, STALE, Holder, Lease, one_at_a_time, read_leases
+from stillframe.leases import HEARTBEAT, SKEW, STALE, Holder, Lease, one_at_a_time, read_leases
 from stillframe.plans import read_stored_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
 from stillframe.progress import log
@@ -32,8 +32,6 @@ from stillframe.verify import known_settings
 
 _SURROUNDINGS = {"workers", "memory", "scheduler", "certificates", "cluster"}
 """Settings that change no result."""
-_SKEW = 25.0
-"""Seconds by which clocks may differ."""
 _LOOK_EVERY = 1.0
 """Seconds between two looks whether a part is still at work."""
 
@@ -185,7 +183,7 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
 
 def _wait_for_the_dead(folder: Path, stop: threading.Event) -> None:
     """Wait while a part on another machine, which may have been killed just now, counts as alive."""
-    until = time.monotonic() + STALE + HEARTBEAT + _SKEW
+    until = time.monotonic() + STALE + HEARTBEAT + SKEW
     while (found := read_leases(folder)) and time.monotonic() < until:
         if any(holder.host == socket.gethostname() for holder in found):
             return

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.errors import WorkerUnfit
+from stillframe.leases import SKEW
 from stillframe.match import KERNEL_VERSION
 from stillframe.units import first_few
 
 _PACKAGES = ("stillframe", "numpy", "scipy", "numba", "zarr", "numcodecs", "dask", "distributed")
 """Whose versions decide the bytes of a result, or whether it arrives."""
-_SKEW = 25.0
-"""Seconds by which clocks may differ; a stale lease is told by more than twice that."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _hidden(demands: Demands) -> list[str]:
     try:
         seen = time.time()
         skew = _written(demands.private) - seen
-        if abs(skew) > _SKEW:
+        if abs(skew) > SKEW:
             lacks.append(f"its clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} that of {out}: set it")
     except OSError as error:
         lacks.append(f"it cannot write into {out} ({error.strerror}): give an --out that all machines share")
@@ -139,6 +138,6 @@ def _judged(answer: Any, began: float, took: float) -> list[str]:
         return [f"it could not answer: {type(answer).__name__}: {answer}"]
     lacks, clock = answer
     skew = clock - began
-    if -_SKEW <= skew <= took + _SKEW:
+    if -SKEW <= skew <= took + SKEW:
         return list(lacks)
     return [*lacks, f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the driver's: set it"]
