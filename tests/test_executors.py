@@ -59,7 +59,7 @@ def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
 
     monkeypatch.setattr("stillframe.executors._WITHOUT_WORKERS", 0.2)
     stop = threading.Event()
-    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster) as client:
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
         executor = OnCluster(client, 2**30, stop, "no worker", 1, patient=not own)
         if own:
             with pytest.raises(RunStopped, match="all worker processes ended"):

@@ -51,9 +51,9 @@ class TestEveryJobScript:
 
     def test_sets_every_pool_of_threads_to_one(self, script, system):
         text = script(Jobs(system=system))
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+        for name in (*pools, "BLOSC_NTHREADS", "ZARR_THREADING__MAX_WORKERS"):
             assert f"export {name}=1\n" in text
-        assert "export BLOSC_NTHREADS=1\n" in text
 
     def test_is_not_started_again_by_the_batch_system(self, script, system):
         sign = {"slurm": "#SBATCH --no-requeue", "pbs": "#PBS -r n", "lsf": "#BSUB -rn", "sge": "#$ -r n"}[system]

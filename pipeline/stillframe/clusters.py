@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import signal
 import threading
 import time
@@ -23,9 +22,10 @@ from stillframe.doors import (
 )
 from stillframe.durable import make_folder
 from stillframe.executors import Executor, InProcess, OnCluster
-from stillframe.jobs import MALLOC, Jobs, Replacer, absent, read_jobs, started, with_settings
+from stillframe.jobs import Jobs, Replacer, absent, read_jobs, started, with_settings
 from stillframe.progress import log, warn
 from stillframe.settings import Settings
+from stillframe.surroundings import configuration, variables
 from stillframe.workers import demands_of, refuse_unfit_workers
 
 _DASK_LOGS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -192,11 +192,11 @@ def _local(settings: Settings, stop: threading.Event) -> Iterator[OnCluster]:
 
 
 _LOCAL = {
-    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in MALLOC.items()},
+    **configuration(),
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in variables().items()},
     "distributed.scheduler.allowed-failures": 1,
     "distributed.worker.http.routes": [],
     "distributed.deploy.lost-worker-timeout": "3s",
-    "distributed.scheduler.worker-saturation": math.inf,  # few units are under way for each worker, and wait there
 }
 
 

@@ -7,7 +7,6 @@ killed, preempted or cancelled is asked for again. Doors are closed: see :mod:`s
 import asyncio
 import contextlib
 import importlib
-import math
 import os
 import re
 import shlex
@@ -29,6 +28,7 @@ from stillframe.doors import Keys, for_those_who_know, make_keys, secret
 from stillframe.errors import RunStopped
 from stillframe.progress import log, say
 from stillframe.settings import Settings, in_words, read_toml
+from stillframe.surroundings import configuration, variables
 
 System = Literal["slurm", "pbs", "lsf", "sge"]
 SYSTEMS: tuple[System, ...] = get_args(System)
@@ -41,10 +41,6 @@ _ACCOUNT = {"slurm": "account", "pbs": "account", "lsf": "project", "sge": "proj
 _WALLTIME = r"^(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)$"
 _MARGIN, _LONGEST_MARGIN = 0.1, 600.0
 """How long before its walltime a worker leaves: a tenth of it, or this many seconds."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_ARENA_MAX": 1}
-"""Lets worker processes use memory again that held a frame. By dask's default each one gets new pages, which the
-kernel must clear: half of what decoding it takes."""
-_THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA", "NUMEXPR")
 _LOOK = {
     "slurm": ("squeue", "--noheader", "--format=%A %T", "--jobs"),
     "pbs": ("qstat",),
@@ -56,6 +52,8 @@ _OVER = re.compile(r"\b(DONE|EXIT|COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|P
 _UNKNOWN = re.compile("invalid job id|unknown job|has finished|do not exist|not found", re.IGNORECASE)
 _WITH_COMMAS = ("slurm", "sge")
 _ASK_EVERY, _ANSWERS_WITHIN, _LONGEST_PAUSE = 10.0, 10.0, 60
+_TIME_FOR_NANNIES = {"distributed.deploy.lost-worker-timeout": "15s"}
+"""Until a nanny has started its worker again."""
 _SURE_AFTER = 20.0
 """Seconds after which a job that is over is one whose worker never connected; longer than dask's own patience."""
 _MOST_ENDED = 2
@@ -187,7 +185,7 @@ def started(jobs: Jobs, private: Path) -> Iterator[Any]:
     keys, word, phase = make_keys(private / "keys"), secret(), _Phase()
     kind = cluster_class(jobs.system)
     given = arguments(jobs, keys, word) | {"job_cls": _patient(kind.job_cls, phase)}
-    with dask.config.set(_CONFIGURATION), kind(**given) as cluster:
+    with dask.config.set(configuration() | _TIME_FOR_NANNIES), kind(**given) as cluster:
         for_those_who_know(cluster.scheduler, word)
         try:
             _submit(cluster, jobs)
@@ -197,14 +195,6 @@ def started(jobs: Jobs, private: Path) -> Iterator[Any]:
                 yield client
         finally:
             phase.ended.set()
-
-
-_CONFIGURATION = {
-    # Few units are under way for each worker, which suits long ones; that they wait there, and not at the scheduler,
-    # saves a journey for each.
-    "distributed.scheduler.worker-saturation": math.inf,
-    "distributed.deploy.lost-worker-timeout": "15s",  # time for a nanny to start its worker again
-}
 
 
 def cluster_class(system: System) -> Any:
@@ -261,10 +251,9 @@ def arguments(jobs: Jobs, keys: Keys, word: str) -> dict[str, Any]:
 
 
 def _environment() -> list[str]:
-    """One thread a process, memory that is used again, no page but the scheduler's."""
-    variables = {f"{name}_NUM_THREADS": 1 for name in _THREADS} | {"BLOSC_NTHREADS": 1} | MALLOC
+    """What suits a worker process, and no page but the scheduler's."""
     pages = "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"
-    return [*(f"export {name}={value}" for name, value in variables.items()), pages]
+    return [*(f"export {name}={value}" for name, value in variables().items()), pages]
 
 
 def _refuse_spaces(path: Path) -> None:

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ DIFFERENT = 384
 MARKS = (0.01, 0.1, 1.0)
 """Parts of the stack at which memory is told."""
 PARTS = ("register", "resume", "schedule", "workers", "project")
-EMPTY_UNITS, LAZY_FRAMES, SHORT = 20_000, 40_000, 1_280
+EMPTY_UNITS, LAZY_FRAMES, SHORT = 20_000, 40_000, 2_560
 
 
 class Watched:
@@ -177,11 +178,26 @@ def schedule(store, folder, options):
     }
 
 
+def keep_to(cores):
+    """Keep the process that runs this, with all its threads, to these cores, as a batch system does with a job."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+def bind(cluster, *, bound):
+    """Keep each worker to a core of its own, or let all go where they like."""
+    every = sorted(os.sched_getaffinity(0))
+    for number, address in enumerate(sorted(cluster.client.nthreads())):
+        cluster.client.run(keep_to, every[number % len(every) :][:1] if bound else every, workers=[address])
+
+
 def workers(store, mask, folder, options):
-    """Seconds of registering a stack with one worker and with two, in turn, each at its best."""
+    """Seconds of registering a stack with one worker and with two, in turn, each at its best.
+
+    On cores of their own, as in jobs of a batch system, and free: a lone worker then decodes on the other core.
+    """
     source = linked(store, SHORT / open_source(store).shape[0], folder / "short")
     reference = Reference(source[0, :, :], np.load(mask), max_shift=MAX_SHIFT)
-    found = {}
     for number in (1, 2):
         where = folder / f"workers-{number}"
         shutil.rmtree(where, ignore_errors=True)
@@ -194,8 +210,18 @@ def workers(store, mask, folder, options):
         stages["two"] = Stages(two, source, reference, folder / "workers-2")
         for some in stages.values():
             some.register()
-        found = best_in_turn({name: some.register for name, some in stages.items()}, options.repeats)
-    return {"frames": source.shape[0], "seconds": found, "ratio": found["one"] / found["two"]}
+
+        def on(name, bound):
+            bind(stages[name].workers, bound=bound)
+            stages[name].register()
+
+        works = {(name, bound): partial(on, name, bound) for bound in (True, False) for name in stages}
+        found = best_in_turn(works, options.repeats)
+    seconds = {
+        where: {name: found[name, bound] for name in stages} for where, bound in (("bound", True), ("free", False))
+    }
+    ratios = {where: some["one"] / some["two"] for where, some in seconds.items()}
+    return {"frames": source.shape[0], "seconds": seconds, "ratio": ratios}
 
 
 @dataclass(frozen=True)
