@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from racers import Broken, Flaky, Unfetchable
+from racers import AllAtOnce, Broken, Flaky, Unfetchable
 from stillframe.errors import RunStopped
 from stillframe.executors import InProcess, OnCluster, results
 
@@ -69,6 +69,18 @@ def test_a_cluster_without_workers_is_told(own, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             list(results(executor, str, [1]))
     assert "no worker is connected: waiting" in capsys.readouterr().err
+
+
+def test_workers_that_come_later_need_not_wait_for_the_first(tmp_path):
+    from distributed import Client, LocalCluster
+
+    local = {"processes": False, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=1, **local) as cluster, Client(cluster) as client:
+        executor = OnCluster(client, 2**30, threading.Event(), "workers", 1)
+        later = threading.Timer(1, cluster.scale, [5])
+        later.start()
+        assert all(count >= 5 for _, count in results(executor, AllAtOnce(tmp_path, 5), range(8)))
+        later.join()
 
 
 def test_where_nothing_succeeds_failures_are_told_at_once(tmp_path):

@@ -241,27 +241,27 @@ class Run:
         """Write down what is going to be done, and make the stores for it."""
         with self.held.writing():
             self._begin()
-            self._create_aligned(self._dataset(self._known()))
+            self._create_aligned(self._dataset(self._known()), self._holes())
 
     def work(self) -> list[str]:
         """Register and align every unit that is asked for; return what went wrong."""
         units = self._units
-        to_register = [(unit, self._mine.register(unit)) for unit in units]
-        if self._todo("register", to_register):
+        to_register = self._todo("register", [(unit, self._mine.register(unit)) for unit in units])
+        if to_register:
             self._make_ready()
         register = RegisterUnit(self._job)
         with progress_bar() as bar:
             if not self.settings.align:
                 return self._stage("register", register, to_register, bar)
             failed = self._stage("register", BothStages(register, self._align_unit), to_register, bar)
-            return failed + self._stage("align", self._align_unit, self._to_align(units), bar)
+            return failed + self._stage("align", self._align_unit, self._todo("align", self._to_align(units)), bar)
 
     def put_together(self, failed: list[str]) -> Result:
         """Publish what all units found."""
         with self.held.writing():
-            shifts, problems = self._collect()
-            self._create_aligned(shifts)
-            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+            (shifts, problems), holes = self._collect(), self._holes()
+            self._create_aligned(shifts, holes)
+            return self._finish(shifts, holes, list(dict.fromkeys([*failed, *problems])))
 
     def failures(self) -> list[str]:
         """Return why units could not be aligned."""
@@ -368,6 +368,7 @@ class Run:
         return [(unit, self._mine.align(unit, its), its) for unit, its in moves]
 
     def _todo(self, stage: Stage, items: Work) -> Work:
+        """Return what is not finished."""
         known = self._told if stage == "align" else lambda _: []
         return [item for item in items if self._ledger.finished(stage, item[0], item[1], known(item[0])) is None]
 
@@ -376,9 +377,8 @@ class Run:
         record = self._ledger.read("register", unit.number)
         return record.problems if record else []
 
-    def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], items: Work, bar: Any) -> list[str]:
-        """Work on the units that are not finished; return what went wrong."""
-        todo = self._todo(stage, items)
+    def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], todo: Work, bar: Any) -> list[str]:
+        """Work on units; return what went wrong."""
         left = sum(item[0].stop - item[0].start for item in todo)
         total = sum(unit.stop - unit.start for unit in self._units)
         meter = Meter(bar, stage, total, total - left)
@@ -433,7 +433,7 @@ class Run:
         write_dataset(shifts.assign_attrs(problems=problems), self._out / "shifts.zarr")
         return shifts, problems
 
-    def _create_aligned(self, shifts: xr.Dataset) -> None:
+    def _create_aligned(self, shifts: xr.Dataset, holes: Sequence[Unit]) -> None:
         """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
         if not self.settings.align:
             mark_incomplete(self._out / "aligned.zarr")  # until it is known which shifts are still the same
@@ -444,9 +444,8 @@ class Run:
         applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
             units="pixel", long_name="shift applied to the frame"
         )
-        missing = [str(unit) for unit in self._holes()]
         template = aligned.to_dataset().assign(applied=applied)
-        template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
+        template = template.assign_attrs(shifts.attrs, complete=False, missing=[str(unit) for unit in holes])
         create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
     @property
@@ -471,8 +470,7 @@ class Run:
             return False
         return aligned.shifts == digest_of(moves_of(registered))
 
-    def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
-        holes = self._holes()
+    def _finish(self, shifts: xr.Dataset, holes: list[Unit], problems: list[str]) -> Result:
         if self.settings.align:
             unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
             problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]

@@ -249,14 +249,15 @@ class OnCluster:
         return {"workers": others, "allow_other_workers": True} if others else {}
 
     def _next(self, done: "queue.SimpleQueue[Any]", room: "_Room") -> list[Any]:
-        """Wait for the next tasks to end, with an eye on a stop and on the workers."""
+        """Wait for the next tasks to end, or for more workers, with an eye on a stop."""
         until = time.monotonic() + _WITHOUT_WORKERS
         while True:
             if self.stop.is_set():
                 raise KeyboardInterrupt
             with contextlib.suppress(queue.Empty):
                 return [done.get(timeout=_POLL), *(done.get() for _ in range(done.qsize()))]
-            room.tasks()
+            if room.grew():
+                return []
             if time.monotonic() > until:
                 until += self._warn_of_no_workers()
 
@@ -307,9 +308,19 @@ class _Room:
     _began: float = field(default_factory=time.monotonic)
     _counted: float = -math.inf
     _threads: int = 1
+    _given: int = 0
 
     def tasks(self) -> int:
-        """Return how many, after a look at the workers now and then."""
+        """Return how many."""
+        self._given = self._allowed()
+        return self._given
+
+    def grew(self) -> bool:
+        """Tell whether it is more now than when that was asked last."""
+        return self._allowed() > self._given
+
+    def _allowed(self) -> int:
+        """Return how many may be, after a look at the workers now and then."""
         self._count()
         if self.alone:
             return 1

@@ -44,7 +44,7 @@ def _judge(ledger: Ledger, stage: Stage, number: int, unit: Unit | None, marker:
     if record is None:
         return Outdated(stage, number, str(unit), "the record is damaged", changed=True)
     mark = _mark(ledger, stage, unit, marker)
-    if mark is None or ledger.finished(stage, unit, mark):
+    if mark is None or ledger.holds(record, unit, mark):
         return None
     return Outdated(stage, number, str(unit), *_why(record, unit, mark))
 
@@ -68,7 +68,7 @@ def _why(record: UnitRecord, unit: Unit, mark: Mark) -> tuple[str, bool]:
 
 def holds_aligned(ledger: Ledger, unit: Unit, marker: Marker) -> bool:
     """Tell whether a unit's aligned frames are there, as they would be made now."""
-    registered = _as_told(ledger, "register", unit, marker.register(unit))
+    registered = _as_told(ledger, unit, marker.register(unit))
     if registered is None or registered.matches is None:
         return False
     mark = marker.align(unit, moves_of(registered))
@@ -79,13 +79,13 @@ def is_done(ledger: Ledger, unit: Unit, marker: Marker, *, align: bool) -> bool:
     """Tell whether all that is asked for of a unit is there, as it would be made now."""
     if align:
         return holds_aligned(ledger, unit, marker)
-    return _as_told(ledger, "register", unit, marker.register(unit)) is not None
+    return _as_told(ledger, unit, marker.register(unit)) is not None
 
 
-def _as_told(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark) -> UnitRecord | None:
-    """Return a record that holds, whatever could not be read."""
-    record = ledger.read(stage, unit.number)
-    return ledger.finished(stage, unit, mark, record.problems) if record else None
+def _as_told(ledger: Ledger, unit: Unit, mark: Mark) -> UnitRecord | None:
+    """Return the record of a registration if it holds, whatever could not be read."""
+    record = ledger.read("register", unit.number)
+    return record if record and ledger.holds(record, unit, mark, record.problems) else None
 
 
 def in_words(found: Sequence[Outdated]) -> Iterator[tuple[str, bool]]:

@@ -186,12 +186,15 @@ class Ledger:
         return record if (record.stage, record.unit) == (stage, unit) else None
 
     def finished(self, stage: Stage, unit: Unit, mark: Mark, known: Sequence[str] = ()) -> UnitRecord | None:
-        """Return the unit's record if it holds: same fingerprint, files as recorded, no problem but known ones."""
+        """Return the unit's record if there is one that holds."""
         record = self.read(stage, unit.number)
-        if record is None or not fits(record, unit, mark) or record.problems not in ([], list(known)):
-            return None
-        whole = all(_size(self.folder / name) == seal.size for name, seal in record.files.items())
-        return record if whole else None
+        return record if record and self.holds(record, unit, mark, known) else None
+
+    def holds(self, record: UnitRecord, unit: Unit, mark: Mark, known: Sequence[str] = ()) -> bool:
+        """Tell whether a record holds: same fingerprint, files as recorded, no problem but known ones."""
+        if not fits(record, unit, mark) or record.problems not in ([], list(known)):
+            return False
+        return all(_size(self.folder / name) == seal.size for name, seal in record.files.items())
 
     def failed(self, stage: Stage, unit: Unit, problem: str) -> None:
         """Keep why a unit could not be done, for a look from outside and for the next run."""
