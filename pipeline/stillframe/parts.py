@@ -15,12 +15,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stillframe.batch import Result, Run, driving, stopped_in_words
+from stillframe.batch import driving, stopped_in_words
 from stillframe.clusters import executor
 from stillframe.durable import make_folder
 from stillframe.errors import RunStopped
 from stillframe.executors import Executor, InProcess, unit_budget
 from stillframe.leases import HEARTBEAT, SKEW, STALE, Holder, Lease, one_at_a_time, read_leases
+from stillframe.passes import Pass, Result
 from stillframe.plans import read_stored_plan
 from stillframe.prepare import check_folder, open_source_of, prepare_plan, prepare_reference
 from stillframe.progress import log
@@ -89,7 +90,7 @@ def _alone(settings: Settings) -> Settings:
 
 
 @contextlib.contextmanager
-def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.Event) -> Iterator[Run]:
+def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.Event) -> Iterator[Pass]:
     """Prepare the folder, or see that who did so before meant the same; then let the others go on."""
     make_folder(settings.out)
     with contextlib.ExitStack() as stack:
@@ -105,7 +106,7 @@ def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.
             if others:
                 _refuse_other_frames(settings.out, plan, reference.digest)
             held: Lease = stack.enter_context(driving(settings.out, share))
-            run = Run(source, plan, settings, reference, origin, workers, held, share)
+            run = Pass(source, plan, settings, reference, origin, workers, held, share)
             held.drafts.mkdir(parents=True, exist_ok=True) if others else run.begin()
         yield run
 
@@ -175,7 +176,7 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
                     f"the parts of {folder} did {plan.frames} frames, and there are {source.shape[0]} now. Start all "
                     "parts again, or 'stillframe run' as a whole: either does only what is new."
                 )
-            run = Run(source, plan, settings, reference, origin, nobody, held)
+            run = Pass(source, plan, settings, reference, origin, nobody, held)
             if missing := run.missing():
                 raise RunStopped(_in_words(missing, plan, parts))
             return run.put_together(run.failures())
