@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stillframe.batchsystems import started
 from stillframe.clusters import executor
 from stillframe.doors import (
     CERTIFICATES,
@@ -30,7 +31,7 @@ from stillframe.doors import (
     warn_of_open_door,
     warn_of_open_folder,
 )
-from stillframe.jobs import Jobs, started
+from stillframe.jobs import Jobs
 from stillframe.settings import Settings
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")

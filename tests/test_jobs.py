@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from stillframe.batchsystems import Replacer, _ended_of, arguments, cluster_class
 from stillframe.doors import make_keys
 from stillframe.errors import RunStopped
-from stillframe.jobs import SYSTEMS, Jobs, Replacer, _ended_of, arguments, cluster_class, read_jobs, with_settings
+from stillframe.jobs import SYSTEMS, Jobs, read_jobs, with_settings
 from stillframe.settings import Settings
 
 OURS = Path(__file__).parents[1] / "cluster" / "slurm.toml"
@@ -140,7 +141,8 @@ def test_a_folder_with_the_name_of_a_batch_system_is_none(tmp_path, monkeypatch)
 def test_ctrl_c_is_heard_as_before_when_dask_jobqueue_is_there():
     pytest.importorskip("dask_jobqueue")
     script = (
-        "import signal; from stillframe.jobs import cluster_class; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "import signal; from stillframe.batchsystems import cluster_class;"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "cluster_class('slurm'); assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -183,22 +185,22 @@ def test_jobs_that_all_end_before_their_worker_connects_stop_the_run(tmp_path):
     (tmp_path / "stillframe-1.err").write_text("srun: oops\n/bin/python: No such file or directory\n")
     cluster = SimpleNamespace(scheduler_info={"workers": {}})
     replacer = Replacer(cluster, Jobs(system="slurm", jobs=2, log=tmp_path))
-    replacer(0)
+    replacer.refuse_hopeless(0)
     replacer._ended = 4
     with pytest.raises(RunStopped, match=r"4 jobs ended .* \(/bin/python: No such file or directory\)"):
-        replacer(0)
+        replacer.refuse_hopeless(0)
 
 
 def test_jobs_that_end_now_and_then_are_no_reason_to_stop(tmp_path, monkeypatch):
     """As workers do before their walltime, for days."""
-    monkeypatch.setattr("stillframe.jobs._ASK_EVERY", 0.01)
+    monkeypatch.setattr("stillframe.batchsystems._ASK_EVERY", 0.01)
     cluster = SimpleNamespace(scheduler_info={"workers": {"tls://1": {"name": "worker-1"}}})
     replacer = Replacer(cluster, Jobs(system="slurm", jobs=1, log=tmp_path))
     replacer._ended = 2
     with replacer.watching():
         while replacer._ended:
             time.sleep(0.01)
-    replacer(0)
+    replacer.refuse_hopeless(0)
 
 
 def test_a_job_counts_as_one_whose_worker_never_connected_when_dask_has_not_heard_of_it_for_long(monkeypatch, tmp_path):
@@ -207,7 +209,7 @@ def test_a_job_counts_as_one_whose_worker_never_connected_when_dask_has_not_hear
     workers = {"worker-1": SimpleNamespace(job_id="11"), "worker-2": SimpleNamespace(job_id="12")}
     here = {"tls://1": {"name": "worker-1"}}
     cluster = SimpleNamespace(scheduler_info={"workers": here}, workers=workers, loop=loop, scale_down=None)
-    monkeypatch.setattr("stillframe.jobs._ended_of", lambda _, numbers: numbers)
+    monkeypatch.setattr("stillframe.batchsystems._ended_of", lambda _, numbers: numbers)
     replacer = Replacer(cluster, Jobs(system="slurm", jobs=2, log=tmp_path))
     replacer._replace()
     assert gone == []

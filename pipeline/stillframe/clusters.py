@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from stillframe.batchsystems import Replacer, absent, started
 from stillframe.doors import (
     Keys,
     for_those_who_know,
@@ -22,7 +23,7 @@ from stillframe.doors import (
 )
 from stillframe.durable import make_folder
 from stillframe.executors import Executor, InProcess, OnCluster
-from stillframe.jobs import Jobs, Replacer, absent, read_jobs, started, with_settings
+from stillframe.jobs import Jobs, read_jobs, with_settings
 from stillframe.progress import log, warn
 from stillframe.settings import Settings
 from stillframe.surroundings import configuration, variables
@@ -87,12 +88,12 @@ def _batch(jobs: Jobs, settings: Settings, stop: threading.Event, home: Path) ->
     """Start workers as jobs of a batch system, and go on with the first that comes."""
     with _private(home) as folder:
         jobs = with_settings(jobs, settings, settings.out / "jobs" if home == settings.out else folder)
-        with started(jobs, folder) as client, Replacer(client.cluster, jobs).watching() as keep:
-            _wait_for_workers(client, stop, absent(jobs), keep)
+        with started(jobs, folder) as client, Replacer(client.cluster, jobs).watching() as replacer:
+            _wait_for_workers(client, stop, absent(jobs), replacer.refuse_hopeless)
             demands = demands_of(settings.frames, folder)
             refuse_unfit_workers(client, demands, some=True)
             cluster = _on(client, int(jobs.memory * 2**30), stop, jobs.jobs)
-            yield replace(cluster, demands=demands, absent=absent(jobs), keep=keep)
+            yield replace(cluster, demands=demands, absent=absent(jobs), keep=replacer.refuse_hopeless)
 
 
 @contextlib.contextmanager

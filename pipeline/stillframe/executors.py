@@ -180,7 +180,7 @@ class OnCluster:
     name: str
     workers: int
     keep: Callable[[int], None] | None = None
-    """Told how many are there, brings back workers that were started here and died, as far as nobody else does."""
+    """Told how many are there: brings back those that died, or stops where none would ever come."""
     patient: bool = True
     """Whether to wait for workers however long, where none is left."""
     demands: Demands | None = None
