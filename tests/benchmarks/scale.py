@@ -35,6 +35,7 @@ from stillframe.clusters import executor
 from stillframe.executors import results
 from stillframe.frames import open_source
 from stillframe.records import Mark
+from stillframe.scene import Experiment
 from stillframe.simulate import simulate
 from stillframe.units import Plan
 
@@ -238,6 +239,8 @@ class Costs:
     """Bytes a frame, compressed."""
     unit: float
     """Seconds that the driver and its scheduler spend on a unit."""
+    records: float
+    """Seconds in which the driver alone looks through the records of a unit, before and after all work."""
     start: float = 60.0
     """Seconds until the first unit, beyond waiting in the queue."""
 
@@ -264,7 +267,7 @@ def project(costs, site, frames, nodes, *, align, unit_frames=16):
         "file system": moved / site.storage,
     }
     limit = max(times, key=times.get)
-    seconds = costs.start + times[limit]
+    seconds = costs.start + frames / unit_frames * costs.records + times[limit]
     return {"seconds": seconds, "node_hours": seconds * nodes / 3600, "limit": limit, "times": times}
 
 
@@ -292,7 +295,21 @@ def measured(source, reference, folder, units):
     written = sum(path.stat().st_size for path in shards if path.is_file())
     read = sum(path.stat().st_size for path in (source.path / "c").rglob("*") if path.is_file())
     frames = source.shape[0]
-    return Costs(times["register"] / frames, times["both"] / frames, read / frames, written / frames, units)
+    core = {name: seconds / frames for name, seconds in times.items()}
+    return Costs(core["register"], core["both"], read / frames, written / frames, units, records(folder / "records"))
+
+
+def records(folder, few=100, many=1100):
+    """Seconds a unit in which a run finds that all is done already, which looks through the records as any other."""
+    seconds = []
+    for frames in (few, many):
+        store, mask = simulate(Experiment(frames=frames, shape=(64, 64)), folder / str(frames))
+        out = folder / f"run-{frames}"
+        shutil.rmtree(out, ignore_errors=True)
+        settings = Settings(frames=store, mask=mask, out=out, reference="0", max_shift=8, unit_frames=1, workers=0)
+        sf.run(settings)
+        seconds.append(clock(partial(sf.run, settings)))
+    return (seconds[1] - seconds[0]) / (many - few)
 
 
 def table(rows):
