@@ -1,5 +1,6 @@
 """A cluster that somebody else started, with TLS and certificates of its own."""
 
+import json
 import threading
 
 import pytest
@@ -25,8 +26,10 @@ def cluster(keys, tmp_path_factory):
         yield cluster
 
 
-def test_is_joined_by_its_file_and_certificates(stored, cluster, keys, tmp_path, capsys):
-    on_it = settings(stored, tmp_path / "run", scheduler=str(cluster.file), certificates=keys.folder)
+@pytest.mark.parametrize("by", ["file", "address"])
+def test_is_joined_by_its_file_or_address_and_certificates(by, stored, cluster, keys, tmp_path, capsys):
+    scheduler = str(cluster.file) if by == "file" else json.loads(cluster.file.read_text())["address"]
+    on_it = settings(stored, tmp_path / "run", scheduler=scheduler, certificates=keys.folder)
     assert run(on_it).problems == []
     assert not list((tmp_path / "run").glob(".cluster.*"))
     assert "has no TLS" not in capsys.readouterr().err

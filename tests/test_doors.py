@@ -112,6 +112,16 @@ class TestKnownKeys:
         with pytest.raises(PermissionError, match=f"can be read by {who}"):
             known_keys(keys.folder)
 
+    @pytest.mark.parametrize("name", ["ca.pem", "cert.pem"])
+    @pytest.mark.parametrize("bits", [0o620, 0o602])
+    def test_that_others_can_write_are_refused(self, tmp_path, name, bits):
+        keys = make_keys(tmp_path / "keys")
+        (keys.folder / name).chmod(0o644)
+        known_keys(keys.folder)
+        (keys.folder / name).chmod(bits)
+        with pytest.raises(PermissionError, match=rf"{name} can be written by .*, who could put a scheduler of theirs"):
+            known_keys(keys.folder)
+
 
 class TestSchedulerFile:
     @pytest.mark.parametrize("bits", [0o620, 0o602])
@@ -180,7 +190,10 @@ def take_every_job(folder, patch):
     patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_how_to_see_the_pages_is_told_to_nobody_else(tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_how_to_see_the_pages_is_told_to_nobody_else(tmp_path, capsys, monkeypatch, terminal):
+    """On a terminal it is shown; elsewhere others may read what is said."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     with pytest.MonkeyPatch.context() as patch, private_folder(tmp_path) as private:
         take_every_job(tmp_path / "bin", patch)
         with started(Jobs(system="slurm", jobs=1, log=tmp_path, interface="lo"), private) as client:
@@ -191,7 +204,8 @@ def test_how_to_see_the_pages_is_told_to_nobody_else(tmp_path, capsys):
             assert page(found[1].replace("status", "health")) == 200
             word = found[1].split("/")[3]
     shown = capsys.readouterr().err
-    assert str(private / "pages") in shown and word not in shown
+    assert (re.search(line, shown) is not None) == (word in shown) == terminal
+    assert (str(private / "pages") in shown) != terminal
 
 
 def page(address):

@@ -30,6 +30,7 @@ NUMERIC = (
     "selftest",
     "settings",
     "solve",
+    "surroundings",
     "survey",
     "template",
     "units",

@@ -95,6 +95,23 @@ def test_a_unit_that_failed_is_gathered_with_its_reason(stored, tmp_path):
     assert read_status(out)[0].done == 20
 
 
+def test_shards_that_go_with_damaged_metadata_do_not_pass_for_finished(stored, undisturbed, tmp_path):
+    """Nobody can tell any more what they mean."""
+    out = tmp_path / "run"
+    for number in (1, 2):
+        run_part(settings(stored, out), Share(number, 2))
+    (out / "aligned.zarr" / "frames" / "zarr.json").write_bytes(b"{")
+    units = [str(unit) for unit in read_plan(out).units]
+    assert gather(out).problems == [
+        f"{unit}: the aligned frames are gone; run the same command again" for unit in units
+    ]
+    attributes = zarr.open_group(out / "aligned.zarr", mode="r").attrs
+    assert attributes["complete"] is False
+    assert attributes["missing"] == units
+    finish(stored, out)
+    assert stores(out) == undisturbed
+
+
 class TestTheLease:
     def test_lets_other_parts_work(self, tmp_path):
         with lease(tmp_path, Share(1, 3)) as first, lease(tmp_path, Share(2, 3)) as second:

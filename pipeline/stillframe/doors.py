@@ -123,7 +123,7 @@ def known_keys(folder: Path) -> Keys:
     FileNotFoundError
         One is missing.
     PermissionError
-        The key can be read by others.
+        Others can read the key, or say which scheduler is trusted.
     """
     missing = [name for name in CERTIFICATES if not (folder / name).is_file()]
     if missing:
@@ -137,11 +137,13 @@ def known_keys(folder: Path) -> Keys:
             f"{key} can be read by {open_to}: whoever has it can run anything in your name. Make new certificates, as "
             f"these may have been copied, in a folder of mode 700; then chmod 600 {key}."
         )
+    for name in CERTIFICATES[:-1]:
+        refuse_foreign(folder / name)
     return Keys(folder)
 
 
 def refuse_foreign(file: Path) -> None:
-    """Raise ``PermissionError`` if others may say in a scheduler file which scheduler is connected to."""
+    """Raise ``PermissionError`` if others may say in a file which scheduler is connected to, or trusted."""
     if open_to := _open_to(file, stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(
             f"{file} can be written by {open_to}, who could put a scheduler of theirs in its place. Make sure of it, "

@@ -15,7 +15,7 @@ class Outdated:
     """A record that no longer holds."""
 
     stage: Stage
-    """Its pass over the frames."""
+    """What was made."""
     unit: int
     """Number of the unit."""
     frames: str

@@ -31,7 +31,7 @@ from stillframe.store import load_reference
 from stillframe.units import Plan, Share, Unit, first_few
 from stillframe.verify import known_settings
 
-_SURROUNDINGS = {"workers", "memory", "scheduler", "certificates", "cluster"}
+_WITHOUT_EFFECT = {"workers", "memory", "scheduler", "certificates", "cluster"}
 """Settings that change no result."""
 _LOOK_EVERY = 1.0
 """Seconds between two looks whether a part is still at work."""
@@ -114,7 +114,7 @@ def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.
 def _refuse_other_settings(settings: Settings, others: list[Holder]) -> None:
     stored = read_stored_plan(settings.out)
     before, now = stored.settings if stored else {}, settings.model_dump(mode="json", exclude_none=True)
-    other = [name for name in before | now if name not in _SURROUNDINGS and before.get(name) != now.get(name)]
+    other = [name for name in before | now if name not in _WITHOUT_EFFECT and before.get(name) != now.get(name)]
     if other:
         raise ValueError(
             f"{others[0]} works on {settings.out} with other settings: {', '.join(other)}. All parts of a run must be "

@@ -105,7 +105,7 @@ class Pass:
         """Write down what is going to be done, and make the stores for it."""
         with self.held.writing():
             self._begin()
-            self._create_aligned(self._dataset(self._known()), self._holes())
+            self._create_aligned(self._dataset(self._known()))
 
     def work(self) -> list[str]:
         """Register and align every unit that is asked for; return what went wrong."""
@@ -123,9 +123,9 @@ class Pass:
     def put_together(self, failed: list[str]) -> Result:
         """Publish what all units found."""
         with self.held.writing():
-            (shifts, problems), holes = self._collect(), self._holes()
-            self._create_aligned(shifts, holes)
-            return self._finish(shifts, holes, list(dict.fromkeys([*failed, *problems])))
+            shifts, problems = self._collect()
+            self._create_aligned(shifts)
+            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
 
     def failures(self) -> list[str]:
         """Return why units could not be aligned."""
@@ -297,7 +297,7 @@ class Pass:
         write_dataset(shifts.assign_attrs(problems=problems), self._out / "shifts.zarr")
         return shifts, problems
 
-    def _create_aligned(self, shifts: xr.Dataset, holes: Sequence[Unit]) -> None:
+    def _create_aligned(self, shifts: xr.Dataset) -> None:
         """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
         if not self.settings.align:
             mark_incomplete(self._out / "aligned.zarr")  # until it is known which shifts are still the same
@@ -308,8 +308,9 @@ class Pass:
         applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
             units="pixel", long_name="shift applied to the frame"
         )
+        missing = [str(unit) for unit in self._holes()]
         template = aligned.to_dataset().assign(applied=applied)
-        template = template.assign_attrs(shifts.attrs, complete=False, missing=[str(unit) for unit in holes])
+        template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
         create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
     @property
@@ -334,7 +335,8 @@ class Pass:
             return False
         return aligned.shifts == digest_of(moves_of(registered))
 
-    def _finish(self, shifts: xr.Dataset, holes: list[Unit], problems: list[str]) -> Result:
+    def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
+        holes = self._holes()  # again: metadata that was found damaged just now took all shards with it
         if self.settings.align:
             unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
             problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]

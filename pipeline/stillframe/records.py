@@ -58,7 +58,7 @@ class UnitRecord(pydantic.BaseModel):
     format: Literal[1, 2] = RECORD_VERSION
     """Version of this format; 1 had no checksum, facts and inputs."""
     stage: Stage
-    """Which pass over the frames."""
+    """Which of the two."""
     unit: int
     """Number of the unit."""
     start: int

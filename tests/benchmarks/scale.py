@@ -9,6 +9,7 @@ clusters). Needs the extra ``benchmark``.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -44,7 +45,7 @@ DIFFERENT = 384
 MARKS = (0.01, 0.1, 1.0)
 """Parts of the stack at which memory is told."""
 PARTS = ("register", "resume", "schedule", "workers", "project")
-EMPTY_UNITS, LAZY_FRAMES, SHORT = 20_000, 40_000, 2_560
+EMPTY_UNITS, LAZY_FRAMES, SHORT, PROJECTED = 20_000, 40_000, 2_560, 1_280
 
 
 class Watched:
@@ -182,7 +183,8 @@ def schedule(store, folder, options):
 def keep_to(cores):
     """Keep the process that runs this, with all its threads, to these cores, as a batch system does with a job."""
     for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def bind(cluster, *, bound):
@@ -341,7 +343,7 @@ def measure(options, folder):
         found["workers"] = workers(store, mask, folder, options)
         Console().print(found["workers"])
     if "project" in options.parts:
-        source = linked(store, SHORT / DIFFERENT, folder / "short")
+        source = linked(store, PROJECTED / DIFFERENT, folder / "short")
         reference = Reference(source[0, :, :], np.load(mask), max_shift=MAX_SHIFT)
         unit = found.get("schedule", {"milliseconds": 3.0})["milliseconds"] / 1e3
         costs, site = measured(source, reference, folder, unit), Site()

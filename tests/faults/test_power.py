@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,12 +107,15 @@ def test_power_loss(how, again, stored, tmp_path, many, tried, monkeypatch):
     chance, losses, steps = chances(how), [], []
     every = many(24, 4)
 
+    one_at_a_time = threading.Lock()  # the lease is kept up by a thread of its own
+
     def crash(disk, before):
-        steps.append(before)
-        if (len(steps) + offset) % every == 0:
-            target = tmp_path / f"lost{len(losses)}"
-            disk.after_power_loss(target, how, chance)
-            losses.append((target, before))
+        with one_at_a_time:
+            steps.append(before)
+            if (len(steps) + offset) % every == 0:
+                target = tmp_path / f"lost{len(losses)}"
+                disk.after_power_loss(target, how, chance)
+                losses.append((target, before))
 
     disk = Disk(out, tmp_path / "vault", crash)
     offset = chance.randrange(every)

@@ -143,6 +143,7 @@ def test_a_node_that_is_drained_and_comes_back(run, batch, undisturbed):
     finally:
         batch.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
     assert disturbed.replaced([]) < REPLACED_WITHIN
+    disturbed.at_work()
     disturbed.ends_well(undisturbed)
 
 
