@@ -59,17 +59,19 @@ class Watched:
             [sys.executable, "-m", "stillframe", *map(str, command)], start_new_session=True, stdout=subprocess.DEVNULL
         )
         self.peaks, self.marks, self.times = {"driver": 0, "worker": 0}, {}, {}
+        self.before = self.peaks
 
     def done(self):
         return len(list((self.out / "units" / "register").glob("[0-9]*.json")))
 
     def look(self, units):
         """Take note of the largest resident size of the driver and of any worker, and of what is done."""
-        driver = psutil.Process(self.process.pid)
+        driver, part, now = psutil.Process(self.process.pid), self.done() / units, time.perf_counter() - self.began
+        if part and "first unit" not in self.times:  # what making the reference took would hide what comes
+            self.before, self.peaks = self.peaks, dict.fromkeys(self.peaks, 0)
         sizes = {"driver": [driver], "worker": driver.children(recursive=True)}
         for name, processes in sizes.items():
             self.peaks[name] = max(self.peaks[name], *(size(process) for process in processes), 0)
-        part, now = self.done() / units, time.perf_counter() - self.began
         for mark in MARKS:
             if part >= mark and mark not in self.marks:
                 self.marks[mark] = dict(self.peaks)
@@ -117,7 +119,8 @@ def register(store, mask, folder, options):
         "units": units,
         "seconds": seconds,
         "until": run.times,
-        "memory": {str(mark): found for mark, found in run.marks.items()},
+        "memory_before_the_first_unit": run.before,
+        "memory_since": {str(mark): found for mark, found in run.marks.items()},
     }
 
 
