@@ -90,6 +90,13 @@ def test_a_given_client_gives_the_same_bytes(client, stored, undisturbed, tmp_pa
     assert client.status == "running"
 
 
+def test_the_driver_writes_by_itself(client, stored, undisturbed, tmp_path, monkeypatch):
+    """Metadata are its own, and a scheduler that dies meanwhile must not matter."""
+    monkeypatch.setattr(client, "get", lambda *_, **__: pytest.fail("the cluster was asked"))
+    run(settings(stored, tmp_path / "run"), client)
+    assert stores(tmp_path / "run") == stores(undisturbed)
+
+
 def test_a_scheduler_is_found_by_address_and_by_file(client, stored, undisturbed, tmp_path):
     file = tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": client.scheduler.address}))

@@ -7,13 +7,15 @@ its files are as recorded; what changed is told by name. The driver alone writes
 and only while its lease holds.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import xarray as xr
 
@@ -103,7 +105,7 @@ class Pass:
 
     def begin(self) -> None:
         """Write down what is going to be done, and make the stores for it."""
-        with self.held.writing():
+        with self._driving_alone():
             self._begin()
             self._create_aligned(self._dataset(self._known()))
 
@@ -122,10 +124,16 @@ class Pass:
 
     def put_together(self, failed: list[str]) -> Result:
         """Publish what all units found."""
-        with self.held.writing():
+        with self._driving_alone():
             shifts, problems = self._collect()
             self._create_aligned(shifts)
             return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+
+    @contextlib.contextmanager
+    def _driving_alone(self) -> Iterator[None]:
+        """Write as long as the lease holds, and let no cluster have a part in it, whose scheduler may die."""
+        with self.held.writing(), dask.config.set(scheduler="synchronous"):
+            yield
 
     def failures(self) -> list[str]:
         """Return why units could not be aligned."""
