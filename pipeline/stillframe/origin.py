@@ -31,6 +31,8 @@ class Origin(pydantic.BaseModel):
     """Fingerprint of the files of each frame; None where it could not be read."""
     digest: str = ""
     """Hash of the reference that was made."""
+    history: str | None = None
+    """What the reference says of itself, which its hash does not know; None where it was not kept."""
 
     @classmethod
     def of(

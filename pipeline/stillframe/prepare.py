@@ -169,6 +169,8 @@ def _kept(out: Path, now: Origin) -> tuple[Reference, Origin] | None:
         return None
     if reference.digest != before.digest:
         return None
+    if before.history is not None and before.history != reference.history:  # damaged: all else is in the hash
+        reference = replace(reference, history=before.history)
     if before.returned(now):
         warn(
             f"the reference stays as it was made, without the frames {before.returned(now)}, which could not be read "
@@ -199,7 +201,9 @@ def _made(
         raise ValueError(f"{error} If their writer leaves out empty chunks, give --missing-chunks fill.") from error
     for one in told:
         warn(str(one.message))
-    return reference, origin.without(reader.lost).model_copy(update={"digest": reference.digest})
+    return reference, origin.without(reader.lost).model_copy(
+        update={"digest": reference.digest, "history": reference.history}
+    )
 
 
 def frames_asked(wish: str | None) -> int | slice | Path | None:

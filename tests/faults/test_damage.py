@@ -80,6 +80,16 @@ def test_damage_is_found_and_repaired(kind, how, whole, stored, tmp_path, many, 
         tried(f"{kind} {how}: found and repaired")
 
 
+def test_what_the_reference_says_of_itself_is_repaired(whole, stored, tmp_path):
+    """No hash of pixels and settings knows it."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    root = out / "reference.zarr" / "zarr.json"
+    root.write_text(root.read_text().replace('"reference_history"', '"reference_hist0ry"'))
+    finish(stored, out)
+    assert stores(out) == stores(whole)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "shard"])
 def test_a_run_that_goes_on_uses_nothing_damaged(kind, whole, stored, tmp_path, many, tried):
     """What is cheap to look at is looked at by every run; of shards, their sizes."""
