@@ -75,11 +75,11 @@ def run_part(settings: Settings, share: Share, *, stop: threading.Event | None =
     stop = stop or threading.Event()
     with stopped_in_words(settings.out):
         check_folder(settings, Holder.me(share))
-        with executor(_alone(settings), None, stop) as workers, _begun(settings, share, workers, stop) as run:
-            problems = run.work()
-            frames = sum(unit.stop - unit.start for unit in share.units(run.plan.units))
+        with executor(_alone(settings), None, stop) as workers, _begun(settings, share, workers, stop) as part:
+            problems = part.work()
+            frames = sum(unit.stop - unit.start for unit in share.units(part.plan.units))
             log.info("part %s is finished: %d frames, %d problems", share, frames, len(problems))
-            shutil.rmtree(run.held.drafts, ignore_errors=True)
+            shutil.rmtree(part.held.drafts, ignore_errors=True)
             return PartResult(settings.out, share, frames, problems)
 
 
@@ -106,9 +106,9 @@ def _begun(settings: Settings, share: Share, workers: Executor, stop: threading.
             if others:
                 _refuse_other_frames(settings.out, plan, reference.digest)
             held: Lease = stack.enter_context(driving(settings.out, share))
-            run = Pass(source, plan, settings, reference, origin, workers, held, share)
-            held.drafts.mkdir(parents=True, exist_ok=True) if others else run.begin()
-        yield run
+            part = Pass(source, plan, settings, reference, origin, workers, held, share)
+            held.drafts.mkdir(parents=True, exist_ok=True) if others else part.begin()
+        yield part
 
 
 def _refuse_other_settings(settings: Settings, others: list[Holder]) -> None:
@@ -176,10 +176,10 @@ def gather(folder: Path, *, stop: threading.Event | None = None) -> Result:
                     f"the parts of {folder} did {plan.frames} frames, and there are {source.shape[0]} now. Start all "
                     "parts again, or 'stillframe run' as a whole: either does only what is new."
                 )
-            run = Pass(source, plan, settings, reference, origin, nobody, held)
-            if missing := run.missing():
+            whole = Pass(source, plan, settings, reference, origin, nobody, held)
+            if missing := whole.missing():
                 raise RunStopped(_in_words(missing, plan, parts))
-            return run.put_together(run.failures())
+            return whole.put_together(whole.failures())
 
 
 def _wait_for_the_dead(folder: Path, stop: threading.Event) -> None:
