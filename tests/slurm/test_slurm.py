@@ -164,7 +164,9 @@ class TestTheDriverAsAJob:
 
     def test_goes_on_where_it_was_after_its_own_walltime(self, batch, growing, undisturbed, tmp_path):
         out = tmp_path / "run"
-        job = self.submit(batch, growing, out, "--time=1", "--signal=B:USR1@30")
+        # Slurm looks twice a minute, and warns half a minute early, so here after 30 to 60 s. A job of one minute may
+        # be warned as it starts, each time anew, and never get anywhere.
+        job = self.submit(batch, growing, out, "--time=2", "--signal=B:USR1@60")
         wait_for(lambda: "Restarts=1" in batch.ask("scontrol", "show", "job", job), patience=120)
         growing.end()
         self.finished(batch, out, undisturbed)
