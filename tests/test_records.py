@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillframe.durable import Seal, with_checksum
+from stillframe.durable import Seal, fingerprint, with_checksum
 from stillframe.match import MATCH_DTYPE, no_match
 from stillframe.records import INPUT_FILES, Ledger, Mark, UnitRecord, changes, from_matches
 from stillframe.units import Unit
@@ -127,12 +127,13 @@ def test_a_damaged_record_does_not_pass_for_a_newer_one(ledger):
 
 
 def test_a_record_of_the_first_format_is_read_and_holds(ledger):
-    old = record(format=1, fingerprint="as it was then", facts={})
+    then = {"frames": (0, 4)}
+    old = record(format=1, fingerprint=fingerprint(then), facts={})
     content = old.model_dump_json(exclude={"facts", "inputs"}).encode()
     ledger.path("register", 3).write_bytes(content)
     assert ledger.read("register", 3) == old
-    assert ledger.finished("register", UNIT, Mark({}, older="as it was then")) == old
-    assert ledger.finished("register", UNIT, Mark({}, older="otherwise")) is None
+    assert ledger.finished("register", UNIT, Mark({}, older=then)) == old
+    assert ledger.finished("register", UNIT, Mark({}, older={"frames": (4, 8)})) is None
 
 
 def test_a_record_of_today_without_a_checksum_is_damaged(ledger):

@@ -297,21 +297,28 @@ def align(
     dtype = output_dtype(whole.dtype, interpolation)
     value = check_fill(fill, dtype)
     data = _resampled(whole.data, shifts, interpolation, value, dtype)
-    aligned = xr.DataArray(
-        data,
-        dims=("frame", "y", "x"),
-        coords=_frame_coords(frames).variables,
-        name="frames",
-        attrs=aligned_attributes(interpolation, value),
-    )
-    aligned.encoding = aligned_encoding(data.shape, int(data.chunksize[0]), value, dtype)
-    return aligned
+    return _labelled(data, _frame_coords(frames), int(data.chunksize[0]), interpolation, value)
 
 
-def aligned_attributes(interpolation: Interpolation, fill: float) -> dict[str, Any]:
-    """Return how aligned frames were made, for any reader."""
+def empty_aligned(
+    source: FrameSource, unit_frames: int, interpolation: Interpolation, fill: float | None
+) -> xr.DataArray:
+    """Return what :func:`align` would, without any frames in it: a graph of one task, however long the stack."""
+    dtype = output_dtype(source.dtype, interpolation)
+    nothing = da.zeros(source.shape, dtype=dtype, chunks=source.shape)
+    shard = min(unit_frames, source.shape[0])
+    return _labelled(nothing, frame_coordinates(source), shard, interpolation, check_fill(fill, dtype))
+
+
+def _labelled(
+    data: da.Array, coordinates: xr.Dataset, unit_frames: int, interpolation: Interpolation, fill: float
+) -> xr.DataArray:
+    """Say what aligned frames are and how they were made, for any reader, and how they are stored."""
     stated = "NaN" if np.isnan(fill) else fill
-    return {"long_name": "frames laid on the reference", "interpolation": interpolation, "fill": stated}
+    attributes = {"long_name": "frames laid on the reference", "interpolation": interpolation, "fill": stated}
+    aligned = xr.DataArray(data, coordinates.variables, ("frame", "y", "x"), "frames", attributes)
+    aligned.encoding = aligned_encoding(data.shape, unit_frames, fill, data.dtype)
+    return aligned
 
 
 def _check_same(frames: xr.DataArray, shifts: xr.Dataset) -> None:

@@ -58,19 +58,18 @@ class Marker:
 
     def _registered(self, unit: Unit, files: Identity) -> Mark:
         facts = self._common | {INPUT_FILES: fingerprint({"files": files}), "frames": f"{unit.start}–{unit.stop - 1}"}
-        older = fingerprint(self._older(unit, files))
-        return Mark(facts, files if len(files) <= MOST_INPUTS else [], older)
+        return Mark(facts, files if len(files) <= MOST_INPUTS else [], self._older(unit, files))
 
     def align(self, unit: Unit, moves: Moves) -> Mark:
         """Return what a unit's aligned frames depend on."""
         mark = self.align_unit.mark(self.register(unit), moves)
-        older = self._older(unit, self._files[unit.number]) | {
+        older = {
             "interpolation": self.align_unit.interpolation,
             "fill": mark.facts["fill"],
             "layout": (self.frames, self.align_unit.unit_frames),
             "shifts": mark.facts["shifts"],
         }
-        return replace(mark, older=fingerprint(older))
+        return replace(mark, older=self._older(unit, self._files[unit.number]) | older)
 
     @cached_property
     def _common(self) -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""What of an earlier run in the same folder no longer holds, and why, in words."""
+"""What an earlier run in the same folder left: what of it still holds, what does not, and why, in words."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from stillframe.marks import Marker
+from stillframe.match import Matches
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord, changes, fits
 from stillframe.tasks import moves_of
 from stillframe.units import Unit, first_few
@@ -26,36 +27,50 @@ class Outdated:
     """Whether something was changed since, and not just could not be done then."""
 
 
-def outdated(ledger: Ledger, units: Sequence[Unit], marker: Marker) -> list[Outdated]:
-    """Find every record that no longer holds; an alignment waits for its registration to be judged."""
-    known = {unit.number: unit for unit in units}
+@dataclass(frozen=True)
+class Left:
+    """What earlier runs left of a unit."""
+
+    unit: Unit
+    """Which one."""
+    matches: Matches | None
+    """Its matches, where its registration holds."""
+    aligned: bool
+    """Whether its aligned frames hold too."""
+    outdated: list[Outdated]
+    """Its records that no longer hold."""
+
+
+def what_is_left(ledger: Ledger, unit: Unit, marker: Marker) -> Left:
+    """Judge what there is of a unit; an alignment waits for its registration to hold."""
+    registered, found = _judge(ledger, "register", unit, marker.register(unit))
+    mark = marker.align(unit, moves_of(registered)) if registered else None
+    aligned, more = _judge(ledger, "align", unit, mark)
+    matches = registered.to_matches() if registered else None
+    return Left(unit, matches, aligned is not None, [*found, *more])
+
+
+def _judge(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark | None) -> tuple[UnitRecord | None, list[Outdated]]:
+    """Return the record if it holds, or what is wrong with it, if there is one."""
+    record = ledger.read(stage, unit.number)
+    if record is None and ledger.path(stage, unit.number).exists():
+        return None, [Outdated(stage, unit.number, str(unit), "the record is damaged", changed=True)]
+    if record is None or mark is None:
+        return None, []
+    if ledger.holds(record, unit, mark):
+        return record, []
+    return None, [Outdated(stage, unit.number, str(unit), *_why(record, unit, mark))]
+
+
+def surplus(ledger: Ledger, units: Sequence[Unit]) -> list[Outdated]:
+    """Find the records of units that there are no more."""
+    known = {unit.number for unit in units}
     return [
-        found
+        Outdated(stage, number, f"unit {number}", "there are fewer units now", changed=True)
         for stage in STAGES
         for number in ledger.numbers(stage)
-        if (found := _judge(ledger, stage, number, known.get(number), marker))
+        if number not in known
     ]
-
-
-def _judge(ledger: Ledger, stage: Stage, number: int, unit: Unit | None, marker: Marker) -> Outdated | None:
-    record = ledger.read(stage, number)
-    if unit is None:
-        return Outdated(stage, number, f"unit {number}", "there are fewer units now", changed=True)
-    if record is None:
-        return Outdated(stage, number, str(unit), "the record is damaged", changed=True)
-    mark = _mark(ledger, stage, unit, marker)
-    if mark is None or ledger.holds(record, unit, mark):
-        return None
-    return Outdated(stage, number, str(unit), *_why(record, unit, mark))
-
-
-def _mark(ledger: Ledger, stage: Stage, unit: Unit, marker: Marker) -> Mark | None:
-    """Return what a result should depend on; None for an alignment whose shifts are not known yet."""
-    mark = marker.register(unit)
-    if stage == "register":
-        return mark
-    registered = ledger.finished("register", unit, mark)
-    return marker.align(unit, moves_of(registered)) if registered else None
 
 
 def _why(record: UnitRecord, unit: Unit, mark: Mark) -> tuple[str, bool]:

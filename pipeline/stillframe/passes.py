@@ -25,12 +25,12 @@ from stillframe.errors import NewerVersion, RunStopped, hopeless
 from stillframe.executors import Executor, is_killed, results
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, frame_coordinates
-from stillframe.lazy import align, lazy_frames
+from stillframe.lazy import empty_aligned
 from stillframe.leases import Lease, drafts_of
 from stillframe.marks import Marker, marker_of
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, outdated
+from stillframe.outdated import Left, Outdated, holds_aligned, in_words, is_done, surplus, what_is_left
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.progress import Meter, log, progress_bar, warn
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
@@ -106,13 +106,15 @@ class Pass:
     def begin(self) -> None:
         """Write down what is going to be done, and make the stores for it."""
         with self._driving_alone():
-            self._begin()
-            self._create_aligned(self._dataset(self._known()))
+            before = [what_is_left(self._ledger, unit, self._marker) for unit in self.plan.units]
+            self._begin(before)  # only now, as a look at the records refuses what is newer
+            holes = [one.unit for one in before if not one.aligned]
+            self._create_aligned(self._dataset(self._known(before)), holes)
 
     def work(self) -> list[str]:
         """Register and align every unit that is asked for; return what went wrong."""
         units = self._units
-        to_register = self._todo("register", [(unit, self._mine.register(unit)) for unit in units])
+        to_register = self._to_register(units)
         if to_register:
             self._make_ready()
         register = RegisterUnit(self._job)
@@ -120,14 +122,16 @@ class Pass:
             if not self.settings.align:
                 return self._stage("register", register, to_register, bar)
             failed = self._stage("register", BothStages(register, self._align_unit), to_register, bar)
-            return failed + self._stage("align", self._align_unit, self._todo("align", self._to_align(units)), bar)
+            return failed + self._stage("align", self._align_unit, self._to_align(units), bar)
 
     def put_together(self, failed: list[str]) -> Result:
         """Publish what all units found."""
         with self._driving_alone():
             shifts, problems = self._collect()
-            self._create_aligned(shifts)
-            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])))
+            holes = self._holes()
+            if not self._create_aligned(shifts, holes):
+                holes = list(self.plan.units)
+            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])), holes)
 
     @contextlib.contextmanager
     def _driving_alone(self) -> Iterator[None]:
@@ -190,9 +194,9 @@ class Pass:
     def _ledger(self) -> Ledger:
         return Ledger(self._out)
 
-    def _begin(self) -> None:
+    def _begin(self, before: Sequence[Left]) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
-        found = outdated(self._ledger, self.plan.units, self._marker)  # first, as it refuses what is newer
+        found = [*(one for unit in before for one in unit.outdated), *surplus(self._ledger, self.plan.units)]
         found = [one for one in found if self.settings.align or one.stage == "register"]
         # From the first file on, the folder is known as a run's.
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
@@ -233,21 +237,25 @@ class Pass:
         if self.origin:
             self.origin.write(self._out / "reference.json")
 
+    def _to_register(self, units: Sequence[Unit]) -> Work:
+        """Return the units whose registration is not finished."""
+        items = ((unit, self._mine.register(unit)) for unit in units)
+        todo = (item for item in items if self._ledger.finished("register", *item) is None)
+        return [(unit, replace(mark, older={})) for unit, mark in todo]
+
     def _to_align(self, units: Sequence[Unit]) -> Work:
-        """Return the units that were registered; what could not be is not aligned either."""
+        """Return the units that were registered and whose alignment is not finished.
+
+        What could not be read when a unit was registered just now was not aligned either, and was told.
+        """
         records = ((unit, self._ledger.read("register", unit.number)) for unit in units)
-        moves = ((unit, moves_of(record)) for unit, record in records if record and record.matches)
-        return [(unit, self._mine.align(unit, its), its) for unit, its in moves]
-
-    def _todo(self, stage: Stage, items: Work) -> Work:
-        """Return what is not finished."""
-        known = self._told if stage == "align" else lambda _: []
-        return [item for item in items if self._ledger.finished(stage, item[0], item[1], known(item[0])) is None]
-
-    def _told(self, unit: Unit) -> list[str]:
-        """Return what could not be read when a unit was registered just now, and hence not aligned either."""
-        record = self._ledger.read("register", unit.number)
-        return record.problems if record else []
+        moves = ((unit, moves_of(record), record.problems) for unit, record in records if record and record.matches)
+        items = ((unit, self._mine.align(unit, its), its, told) for unit, its, told in moves)
+        return [
+            (unit, replace(mark, older={}), its)
+            for unit, mark, its, told in items
+            if self._ledger.finished("align", unit, mark, told) is None
+        ]
 
     def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], todo: Work, bar: Any) -> list[str]:
         """Work on units; return what went wrong."""
@@ -278,12 +286,12 @@ class Pass:
     def _unknown(self) -> Matches:
         return np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
 
-    def _known(self) -> Matches:
+    def _known(self, before: Sequence[Left]) -> Matches:
         """Return what records hold so far; frames without one are corrupt."""
-        matches, units = self._unknown(), {unit.number: unit for unit in self.plan.units}
-        for record in self._ledger.records("register"):
-            if record.unit in units:
-                matches[record.start : record.stop] = record.to_matches()
+        matches = self._unknown()
+        for one in before:
+            if one.matches is not None:
+                matches[one.unit.start : one.unit.stop] = one.matches
         return matches
 
     def _dataset(self, matches: Matches) -> xr.Dataset:
@@ -305,21 +313,23 @@ class Pass:
         write_dataset(shifts.assign_attrs(problems=problems), self._out / "shifts.zarr")
         return shifts, problems
 
-    def _create_aligned(self, shifts: xr.Dataset) -> None:
-        """Write metadata and coordinates of the aligned store; until the end it says what may be missing."""
+    def _create_aligned(self, shifts: xr.Dataset, holes: Sequence[Unit]) -> bool:
+        """Write metadata and coordinates of the aligned store; until the end it says what may be missing.
+
+        Return whether the frames that were there still are.
+        """
         if not self.settings.align:
             mark_incomplete(self._out / "aligned.zarr")  # until it is known which shifts are still the same
-            return
-        frames = lazy_frames(self.source, self.plan.unit_frames)
-        aligned = align(frames, shifts, interpolation=self.settings.interpolation, fill=self.settings.fill)
+            return True
+        aligned = empty_aligned(self.source, self.plan.unit_frames, self.settings.interpolation, self.settings.fill)
         whole = self.settings.interpolation == "nearest"
         applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
             units="pixel", long_name="shift applied to the frame"
         )
-        missing = [str(unit) for unit in self._holes()]
+        missing = [str(unit) for unit in holes]
         template = aligned.to_dataset().assign(applied=applied)
         template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
-        create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
+        return create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
 
     @property
     def _has_aligned(self) -> bool:
@@ -343,8 +353,7 @@ class Pass:
             return False
         return aligned.shifts == digest_of(moves_of(registered))
 
-    def _finish(self, shifts: xr.Dataset, problems: list[str]) -> Result:
-        holes = self._holes()  # again: metadata that was found damaged just now took all shards with it
+    def _finish(self, shifts: xr.Dataset, problems: list[str], holes: list[Unit]) -> Result:
         if self.settings.align:
             unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
             problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]

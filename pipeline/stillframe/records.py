@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, Self, TypeVar, get_args
+from typing import Any, Final, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import pydantic
@@ -41,8 +41,8 @@ class Mark:
     """Its parts, in words or hashed, by names that people understand."""
     inputs: Identity = field(default_factory=list)
     """The input files, one by one."""
-    older: str = ""
-    """The fingerprint that records of format 1 have for the same."""
+    older: dict[str, Any] = field(default_factory=dict)
+    """What records of format 1 hashed for the same; a task, which meets none, is sent nothing of it."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -216,8 +216,10 @@ class Ledger:
 
 def fits(record: UnitRecord, unit: Unit, mark: Mark) -> bool:
     """Tell whether a record is of the same frames, made from the same."""
-    same = record.fingerprint == mark.fingerprint or (record.format == 1 and record.fingerprint == mark.older != "")
-    return same and (record.start, record.stop) == (unit.start, unit.stop)
+    if (record.start, record.stop) != (unit.start, unit.stop):
+        return False
+    older = record.format == 1 and bool(mark.older)
+    return record.fingerprint == mark.fingerprint or (older and record.fingerprint == fingerprint(mark.older))
 
 
 def changes(record: UnitRecord, mark: Mark) -> list[str]:

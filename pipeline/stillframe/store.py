@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
 import threading
 import uuid
@@ -115,8 +116,8 @@ def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
     return partial
 
 
-def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> None:
-    """Write all of the aligned store but the pixels, which stay where they are if they mean the same.
+def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> bool:
+    """Write all of the aligned store but the pixels, and tell whether those that are there mean the same and stay.
 
     Shards beyond the given number of units are removed.
 
@@ -127,14 +128,16 @@ def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> None:
     if not path.exists():
         partial.rename(path)
         sync_folder(path.parent)
-        return
+        return True
     _mark(path, complete=False)
-    if _layout(path) != _layout(partial):
+    same = _layout(path) == _layout(partial)
+    if not same:
         shutil.rmtree(path / "frames", ignore_errors=True)
     _replace_files(partial, path)
     for strange in strange_shards(path, units):
         shutil.rmtree(strange)
     shutil.rmtree(partial)
+    return same
 
 
 def mark_incomplete(path: Path) -> None:
@@ -166,9 +169,12 @@ def _replace_files(source: Path, target: Path) -> None:
 
 
 def store_files(path: Path) -> Iterator[Path]:
-    """Yield every file of a store but the shards of frames, which records speak of."""
-    shards = path / "frames" / "c"
-    return (file for file in sorted(path.rglob("*")) if file.is_file() and shards not in file.parents)
+    """Yield every file of a store but the shards of frames, of which there are many and which records speak of."""
+    for home, folders, names in os.walk(path):
+        if Path(home) == path / "frames":
+            folders[:] = [name for name in folders if name != "c"]
+        folders.sort()
+        yield from (file for name in sorted(names) if (file := Path(home) / name).is_file())
 
 
 def strange_shards(store: Path, units: int) -> list[Path]:

@@ -138,7 +138,7 @@ class AlignUnit:
     def mark(self, registered: Mark, moves: Moves) -> Mark:
         """Return what a unit's aligned frames depend on: the same as its shifts, these, and more settings."""
         mine = {"interpolation": self.interpolation, "fill": repr(self.fill), "unit_frames": str(self.unit_frames)}
-        return replace(registered, facts={**registered.facts, **mine, "shifts": digest_of(moves)}, older="")
+        return replace(registered, facts={**registered.facts, **mine, "shifts": digest_of(moves)}, older={})
 
     def __call__(self, work: tuple[Unit, Mark, Moves]) -> UnitRecord:
         """Align one unit durably and return its record."""
