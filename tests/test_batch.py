@@ -2,9 +2,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,8 @@ from stillframe.executors import _PROCESS_BYTES, _SHARE
 from stillframe.flags import Flag
 from stillframe.frames import FrameSource, open_source
 from stillframe.leases import lease
+from stillframe.passes import Pass
+from stillframe.records import STAGES, Ledger
 from stillframe.scene import Experiment
 from stillframe.simulate import simulate
 from stillframe.store import draft_unit
@@ -255,6 +259,41 @@ def test_a_lost_shard_is_written_again(stored, undisturbed, tmp_path):
     (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
     run(settings(stored, out))
     assert stores(out) == stores(undisturbed)
+
+
+def test_a_store_that_vanishes_while_it_is_put_together_does_not_pass_for_finished(
+    stored, undisturbed, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    looked = Pass._holes
+
+    def vanishes(self):
+        found = looked(self)
+        shutil.rmtree(out / "aligned.zarr")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pass, "_holes", vanishes)
+        assert len(run(settings(stored, out)).problems) == 6
+    with xr.open_zarr(out / "aligned.zarr", chunks=None) as aligned:
+        assert not aligned.attrs["complete"]
+        assert len(aligned.attrs["missing"]) == 6
+    run(settings(stored, out))
+    assert stores(out) == stores(undisturbed)
+
+
+def test_a_driver_looks_at_each_record_but_a_few_times(stored, undisturbed, tmp_path, monkeypatch):
+    """Once as it begins, once before each stage, and as it ends; on a shared file system each look is a journey."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    looks, read = Counter(), Ledger.read
+
+    def counted(self, stage, unit):
+        looks[stage, unit] += 1
+        return read(self, stage, unit)
+
+    monkeypatch.setattr(Ledger, "read", counted)
+    run(settings(stored, out))
+    assert {stage: max(looks[stage, unit] for unit in range(6)) for stage in STAGES} == {"register": 5, "align": 3}
 
 
 @pytest.mark.parametrize("chunks", [(1, 96, 80), (5, 96, 80), (24, 96, 80), (3, 40, 33), (24, 10, 80)])

@@ -59,6 +59,16 @@ def test_an_output_of_the_first_format_goes_on(stored, tmp_path, capsys):
     assert verify(out).findings == []
 
 
+def test_a_newer_record_of_frames_that_there_are_no_more_is_refused(stored, tmp_path):
+    out = tmp_path / "run"
+    finish(stored, out)
+    newer = out / "units" / "register" / "000017.json"
+    newer.write_text(json.dumps({"format": 9}))
+    with pytest.raises(ValueError, match=r"000017\.json has format 9.* a newer one wrote it"):
+        finish(stored, out)
+    assert newer.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "member"),
     [("units/align/000003.json", "format"), ("plan.json", "version"), ("reference.json", "version")],

@@ -67,10 +67,10 @@ def open_frames(
     10
     """
     source = open_source(path, missing_chunks=missing_chunks)
-    return lazy_frames(source, chunk_frames or default_unit_frames(source))
+    return _lazy_frames(source, chunk_frames or default_unit_frames(source))
 
 
-def lazy_frames(source: FrameSource, size: int) -> xr.DataArray:
+def _lazy_frames(source: FrameSource, size: int) -> xr.DataArray:
     """Label a stack of frames, in blocks of some frames each."""
     key = {"path": source.path, "metadata": source.description(), "chunk": size, "limit": source.limit}
     name = f"frames-{fingerprint(key)}"
@@ -180,7 +180,7 @@ def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.D
     Raises
     ------
     TypeError, ValueError
-        The frames are not (frame, y, x), not real, or of another shape than the reference.
+        The frames are not a DataArray (frame, y, x), not real, or of another shape than the reference.
 
     Examples
     --------
@@ -230,6 +230,11 @@ def _located(work: Callable[[], npt.NDArray[Any]], start: int, stop: int) -> npt
 
 def _whole_frames(frames: xr.DataArray) -> xr.DataArray:
     """Return frames in blocks that hold whole frames."""
+    if not isinstance(frames, xr.DataArray):
+        raise TypeError(
+            f"the frames are a {type(frames).__name__}, but labelled ones are needed. Give those of open_frames, or "
+            'xarray.DataArray(frames, dims=("frame", "y", "x")); match_frames takes bare arrays.'
+        )
     if frames.ndim != 3:
         raise ValueError(f"the frames have dims {frames.dims}, but (frame, y, x) is needed. Select or add an axis.")
     require_real(frames.dtype, "the stack of frames")
@@ -278,6 +283,8 @@ def align(
 
     Raises
     ------
+    TypeError
+        Frames without labels, or not real.
     ValueError
         Another number of frames or another shape than the shifts', an unknown interpolation, or a fill value
         that the dtype cannot hold.
@@ -301,13 +308,18 @@ def align(
 
 
 def empty_aligned(
-    source: FrameSource, unit_frames: int, interpolation: Interpolation, fill: float | None
+    shifts: xr.Dataset, dtype: np.dtype[Any], unit_frames: int, *, interpolation: Interpolation, fill: float | None
 ) -> xr.DataArray:
-    """Return what :func:`align` would, without any frames in it: a graph of one task, however long the stack."""
-    dtype = output_dtype(source.dtype, interpolation)
-    nothing = da.zeros(source.shape, dtype=dtype, chunks=source.shape)
-    shard = min(unit_frames, source.shape[0])
-    return _labelled(nothing, frame_coordinates(source), shard, interpolation, check_fill(fill, dtype))
+    """Return what :func:`align` would, for metadata alone: one task, however long the stack, that refuses to run."""
+    dtype = output_dtype(dtype, interpolation)
+    shape = (shifts.sizes["frame"], *shifts["mask"].shape)
+    nothing = da.from_delayed(delayed(_refuse)(), shape, dtype)
+    shard = min(unit_frames, shape[0])
+    return _labelled(nothing, _frame_coords(shifts["score"]), shard, interpolation, check_fill(fill, dtype))
+
+
+def _refuse() -> None:
+    raise RuntimeError("this stands for aligned frames and holds none. Read aligned.zarr, or call stillframe.align.")
 
 
 def _labelled(

@@ -62,14 +62,15 @@ class Marker:
 
     def align(self, unit: Unit, moves: Moves) -> Mark:
         """Return what a unit's aligned frames depend on."""
-        mark = self.align_unit.mark(self.register(unit), moves)
+        registered = self.register(unit)
+        mark = self.align_unit.mark(registered, moves)
         older = {
             "interpolation": self.align_unit.interpolation,
             "fill": mark.facts["fill"],
             "layout": (self.frames, self.align_unit.unit_frames),
             "shifts": mark.facts["shifts"],
         }
-        return replace(mark, older=self._older(unit, self._files[unit.number]) | older)
+        return replace(mark, older=registered.older | older)
 
     @cached_property
     def _common(self) -> dict[str, str]:

@@ -27,9 +27,9 @@ class Outdated:
     """Whether something was changed since, and not just could not be done then."""
 
 
-@dataclass(frozen=True)
-class Left:
-    """What earlier runs left of a unit."""
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What earlier runs made of a unit."""
 
     unit: Unit
     """Which one."""
@@ -41,35 +41,51 @@ class Left:
     """Its records that no longer hold."""
 
 
-def what_is_left(ledger: Ledger, unit: Unit, marker: Marker) -> Left:
-    """Judge what there is of a unit; an alignment waits for its registration to hold."""
-    registered, found = _judge(ledger, "register", unit, marker.register(unit))
-    mark = marker.align(unit, moves_of(registered)) if registered else None
-    aligned, more = _judge(ledger, "align", unit, mark)
-    matches = registered.to_matches() if registered else None
-    return Left(unit, matches, aligned is not None, [*found, *more])
+def standings(ledger: Ledger, units: Sequence[Unit], marker: Marker) -> Iterator[Standing]:
+    """Look at each unit's records, once; only at those that are listed, as each look may be a journey."""
+    listed = {stage: set(ledger.numbers(stage)) for stage in STAGES}
+    for unit in units:
+        yield _standing(ledger, unit, marker, [stage for stage in STAGES if unit.number in listed[stage]])
 
 
-def _judge(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark | None) -> tuple[UnitRecord | None, list[Outdated]]:
-    """Return the record if it holds, or what is wrong with it, if there is one."""
+def _standing(ledger: Ledger, unit: Unit, marker: Marker, listed: Sequence[Stage]) -> Standing:
+    """Judge a unit's records; an alignment waits for its registration to hold."""
+    registered = aligned = None
+    found: list[Outdated] = []
+    if "register" in listed:
+        registered = _judge(ledger, "register", unit, marker.register(unit), found)
+    if "align" in listed:
+        mark = marker.align(unit, moves_of(registered)) if registered else None
+        aligned = _judge(ledger, "align", unit, mark, found)
+    return Standing(unit, registered.to_matches() if registered else None, aligned is not None, found)
+
+
+def _judge(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark | None, found: list[Outdated]) -> UnitRecord | None:
+    """Return the record if it holds, or add to what was found; without a mark, that cannot be told yet."""
     record = ledger.read(stage, unit.number)
-    if record is None and ledger.path(stage, unit.number).exists():
-        return None, [Outdated(stage, unit.number, str(unit), "the record is damaged", changed=True)]
-    if record is None or mark is None:
-        return None, []
-    if ledger.holds(record, unit, mark):
-        return record, []
-    return None, [Outdated(stage, unit.number, str(unit), *_why(record, unit, mark))]
+    if record is None:
+        found.append(Outdated(stage, unit.number, str(unit), "the record is damaged", changed=True))
+    elif mark is None or ledger.holds(record, unit, mark):
+        return record if mark else None
+    else:
+        found.append(Outdated(stage, unit.number, str(unit), *_why(record, unit, mark)))
+    return None
 
 
 def surplus(ledger: Ledger, units: Sequence[Unit]) -> list[Outdated]:
-    """Find the records of units that there are no more."""
+    """Find the records of units that there are no more.
+
+    Raises
+    ------
+    ValueError
+        A newer version of this package wrote one of them.
+    """
     known = {unit.number for unit in units}
+    beyond = [(stage, number) for stage in STAGES for number in ledger.numbers(stage) if number not in known]
+    for stage, number in beyond:
+        ledger.read(stage, number)  # refuses what is newer
     return [
-        Outdated(stage, number, f"unit {number}", "there are fewer units now", changed=True)
-        for stage in STAGES
-        for number in ledger.numbers(stage)
-        if number not in known
+        Outdated(stage, number, f"unit {number}", "there are fewer units now", changed=True) for stage, number in beyond
     ]
 
 

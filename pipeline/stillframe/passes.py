@@ -30,7 +30,7 @@ from stillframe.leases import Lease, drafts_of
 from stillframe.marks import Marker, marker_of
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import Left, Outdated, holds_aligned, in_words, is_done, surplus, what_is_left
+from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, standings, surplus
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.progress import Meter, log, progress_bar, warn
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
@@ -106,10 +106,9 @@ class Pass:
     def begin(self) -> None:
         """Write down what is going to be done, and make the stores for it."""
         with self._driving_alone():
-            before = [what_is_left(self._ledger, unit, self._marker) for unit in self.plan.units]
-            self._begin(before)  # only now, as a look at the records refuses what is newer
-            holes = [one.unit for one in before if not one.aligned]
-            self._create_aligned(self._dataset(self._known(before)), holes)
+            matches, holes, found = self._before()  # first, as it refuses what is newer
+            self._begin(found)
+            self._create_aligned(self._dataset(matches), holes)
 
     def work(self) -> list[str]:
         """Register and align every unit that is asked for; return what went wrong."""
@@ -129,9 +128,8 @@ class Pass:
         with self._driving_alone():
             shifts, problems = self._collect()
             holes = self._holes()
-            if not self._create_aligned(shifts, holes):
-                holes = list(self.plan.units)
-            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])), holes)
+            kept = self._create_aligned(shifts, holes)
+            return self._finish(shifts, list(dict.fromkeys([*failed, *problems])), holes if kept else self.plan.units)
 
     @contextlib.contextmanager
     def _driving_alone(self) -> Iterator[None]:
@@ -194,10 +192,22 @@ class Pass:
     def _ledger(self) -> Ledger:
         return Ledger(self._out)
 
-    def _begin(self, before: Sequence[Left]) -> None:
+    def _before(self) -> tuple[Matches, list[Unit], list[Outdated]]:
+        """Look at each unit's records once: what holds, which units lack aligned frames, what is out of date.
+
+        Frames without a record that holds are corrupt.
+        """
+        matches, holes, found = self._unknown(), [], surplus(self._ledger, self.plan.units)
+        for one in standings(self._ledger, self.plan.units, self._marker):
+            if one.matches is not None:
+                matches[one.unit.start : one.unit.stop] = one.matches
+            if not one.aligned:
+                holes.append(one.unit)
+            found += one.outdated
+        return matches, holes, [one for one in found if self.settings.align or one.stage == "register"]
+
+    def _begin(self, found: Sequence[Outdated]) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
-        found = [*(one for unit in before for one in unit.outdated), *surplus(self._ledger, self.plan.units)]
-        found = [one for one in found if self.settings.align or one.stage == "register"]
         # From the first file on, the folder is known as a run's.
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._store_reference()
@@ -241,7 +251,7 @@ class Pass:
         """Return the units whose registration is not finished."""
         items = ((unit, self._mine.register(unit)) for unit in units)
         todo = (item for item in items if self._ledger.finished("register", *item) is None)
-        return [(unit, replace(mark, older={})) for unit, mark in todo]
+        return [(unit, mark.for_task()) for unit, mark in todo]
 
     def _to_align(self, units: Sequence[Unit]) -> Work:
         """Return the units that were registered and whose alignment is not finished.
@@ -252,7 +262,7 @@ class Pass:
         moves = ((unit, moves_of(record), record.problems) for unit, record in records if record and record.matches)
         items = ((unit, self._mine.align(unit, its), its, told) for unit, its, told in moves)
         return [
-            (unit, replace(mark, older={}), its)
+            (unit, mark.for_task(), its)
             for unit, mark, its, told in items
             if self._ledger.finished("align", unit, mark, told) is None
         ]
@@ -286,14 +296,6 @@ class Pass:
     def _unknown(self) -> Matches:
         return np.full(self.plan.frames, np.array(no_match(Flag.CORRUPT), MATCH_DTYPE))
 
-    def _known(self, before: Sequence[Left]) -> Matches:
-        """Return what records hold so far; frames without one are corrupt."""
-        matches = self._unknown()
-        for one in before:
-            if one.matches is not None:
-                matches[one.unit.start : one.unit.stop] = one.matches
-        return matches
-
     def _dataset(self, matches: Matches) -> xr.Dataset:
         return shifts_dataset(matches, frame_coordinates(self.source), self.reference)
 
@@ -314,14 +316,15 @@ class Pass:
         return shifts, problems
 
     def _create_aligned(self, shifts: xr.Dataset, holes: Sequence[Unit]) -> bool:
-        """Write metadata and coordinates of the aligned store; until the end it says what may be missing.
+        """Write metadata and coordinates of the aligned store, and tell whether frames that were there still are.
 
-        Return whether the frames that were there still are.
+        Until the end it says what may be missing.
         """
         if not self.settings.align:
             mark_incomplete(self._out / "aligned.zarr")  # until it is known which shifts are still the same
             return True
-        aligned = empty_aligned(self.source, self.plan.unit_frames, self.settings.interpolation, self.settings.fill)
+        dtype, size = self.source.dtype, self.plan.unit_frames
+        aligned = empty_aligned(shifts, dtype, size, interpolation=self.settings.interpolation, fill=self.settings.fill)
         whole = self.settings.interpolation == "nearest"
         applied = (shifts["shift"].round() if whole else shifts["shift"]).assign_attrs(
             units="pixel", long_name="shift applied to the frame"
@@ -329,7 +332,7 @@ class Pass:
         missing = [str(unit) for unit in holes]
         template = aligned.to_dataset().assign(applied=applied)
         template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
-        return create_aligned(template, self._out / "aligned.zarr", len(self.plan.units))
+        return create_aligned(template, self._out / "aligned.zarr", self.plan.units)
 
     @property
     def _has_aligned(self) -> bool:
@@ -353,7 +356,7 @@ class Pass:
             return False
         return aligned.shifts == digest_of(moves_of(registered))
 
-    def _finish(self, shifts: xr.Dataset, problems: list[str], holes: list[Unit]) -> Result:
+    def _finish(self, shifts: xr.Dataset, problems: list[str], holes: Sequence[Unit]) -> Result:
         if self.settings.align:
             unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
             problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]

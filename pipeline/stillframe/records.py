@@ -7,7 +7,7 @@ written, and it holds what its result depends on, part by part, so that a change
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar, get_args
@@ -42,12 +42,16 @@ class Mark:
     inputs: Identity = field(default_factory=list)
     """The input files, one by one."""
     older: dict[str, Any] = field(default_factory=dict)
-    """What records of format 1 hashed for the same; a task, which meets none, is sent nothing of it."""
+    """What records of format 1 hashed for the same."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all of it."""
         return fingerprint(self.facts)
+
+    def for_task(self) -> "Mark":
+        """Return what a task needs: its unit's older records, if there are any, are known not to hold."""
+        return replace(self, older={})
 
 
 class UnitRecord(pydantic.BaseModel):

@@ -8,7 +8,7 @@ import shutil
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,25 +116,27 @@ def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
     return partial
 
 
-def create_aligned(dataset: xr.Dataset, path: Path, units: int) -> bool:
-    """Write all of the aligned store but the pixels, and tell whether those that are there mean the same and stay.
+def create_aligned(dataset: xr.Dataset, path: Path, units: Sequence[Unit]) -> bool:
+    """Write all of the aligned store but the pixels, and tell whether there are some that mean the same and stay.
 
-    Shards beyond the given number of units are removed.
+    If not, all units are marked as missing. Shards of other units are removed.
 
     File by file, the root last and marked incomplete before the first: whenever this is killed, no shard that counts
     is lost and nothing passes for finished.
     """
     partial = _partial(dataset, path, compute=False)
+    same = _layout(path) == _layout(partial)
+    if not same:
+        _mark(partial, missing=[str(unit) for unit in units])
     if not path.exists():
         partial.rename(path)
         sync_folder(path.parent)
-        return True
+        return False
     _mark(path, complete=False)
-    same = _layout(path) == _layout(partial)
     if not same:
         shutil.rmtree(path / "frames", ignore_errors=True)
     _replace_files(partial, path)
-    for strange in strange_shards(path, units):
+    for strange in strange_shards(path, len(units)):
         shutil.rmtree(strange)
     shutil.rmtree(partial)
     return same
@@ -195,7 +197,7 @@ def _layout(store: Path) -> dict[str, Any] | None:
         return None
 
 
-def seal_aligned(path: Path, holes: list[Unit], *, growing: bool = False) -> None:
+def seal_aligned(path: Path, holes: Sequence[Unit], *, growing: bool = False) -> None:
     """Mark the aligned store complete, or say which frames were never written and take back their shifts.
 
     One to which frames are still going to be added is not complete.

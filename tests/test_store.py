@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import xarray as xr
+import zarr
+
+import stillframe as sf
+from stillframe.lazy import empty_aligned
+from stillframe.store import create_aligned, store_files
+from stillframe.units import Plan
+from synthetic import windows
+
+FRAMES = windows((48, 40), [(0, 0), (3, -5), (-6, 6), (7, 2), (0, -1)])
+UNITS = Plan(5, 2).units
+
+
+@pytest.fixture
+def aligned():
+    shifts = sf.register(xr.DataArray(FRAMES, dims=("frame", "y", "x")), sf.Reference(FRAMES[0], max_shift=9))
+    template = empty_aligned(shifts, FRAMES.dtype, 2, interpolation="nearest", fill=None)
+    return template.to_dataset().assign_attrs(complete=False, missing=[])
+
+
+class TestTheAlignedStore:
+    def missing(self, path):
+        return zarr.open_group(path, mode="r").attrs["missing"]
+
+    def test_that_is_new_keeps_no_frames_and_misses_all(self, aligned, tmp_path):
+        assert not create_aligned(aligned, tmp_path / "aligned.zarr", UNITS)
+        assert self.missing(tmp_path / "aligned.zarr") == [str(unit) for unit in UNITS]
+
+    def test_keeps_its_frames_where_they_mean_the_same(self, aligned, tmp_path):
+        path = tmp_path / "aligned.zarr"
+        create_aligned(aligned, path, UNITS)
+        kept, strange = (path / "frames" / "c" / name / "0" / "0" for name in "13")
+        for shard in (kept, strange):
+            shard.parent.mkdir(parents=True)
+            shard.write_bytes(b"pixels")
+        assert create_aligned(aligned, path, UNITS)
+        assert kept.exists()
+        assert not strange.exists()
+        assert self.missing(path) == []
+
+    @pytest.mark.parametrize("harm", ["damaged", "another layout"])
+    def test_says_at_once_that_frames_nobody_understands_are_gone(self, aligned, tmp_path, harm):
+        path = tmp_path / "aligned.zarr"
+        create_aligned(aligned, path, UNITS)
+        shard = path / "frames" / "c" / "1" / "0" / "0"
+        shard.parent.mkdir(parents=True)
+        shard.write_bytes(b"pixels")
+        metadata = path / "frames" / "zarr.json"
+        other = json.loads(metadata.read_text()) | {"data_type": "float32"}
+        metadata.write_text("{" if harm == "damaged" else json.dumps(other))
+        assert not create_aligned(aligned, path, UNITS)
+        assert not shard.exists()
+        assert self.missing(path) == [str(unit) for unit in UNITS]
+
+    def test_is_made_from_something_that_never_passes_for_frames(self, aligned):
+        with pytest.raises(RuntimeError, match="holds none"):
+            aligned["frames"].compute()
+
+
+def test_the_files_of_a_store_are_all_but_the_shards_of_frames(tmp_path):
+    for name in (
+        "zarr.json",
+        "frames/zarr.json",
+        "frames/c/0/0/0",
+        "frames/c/1/0/0",
+        "applied/c/0",
+        "applied/zarr.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = [str(file.relative_to(tmp_path)) for file in store_files(tmp_path)]
+    assert sorted(found) == ["applied/c/0", "applied/zarr.json", "frames/zarr.json", "zarr.json"]
+    assert not list(store_files(tmp_path / "nothing"))
