@@ -1,12 +1,10 @@
 """Faults, tried for real. ``STILLFRAME_FAULTS=long`` tries more of each, as told in CONTRIBUTING.md."""
 
-from collections import defaultdict
+from collections import Counter
 
 import pytest
 
 from faulty import LONG
-
-_TRIED = defaultdict(int)
 
 
 def pytest_collection_modifyitems(items):
@@ -23,17 +21,21 @@ def many():
 
 
 @pytest.fixture
-def tried():
-    """Count what was survived, by the name of the fault; told at the end."""
+def tried(record_property):
+    """Count what was survived, by the name of the fault; told at the end, whichever process tried it."""
+    survived = Counter()
 
     def count(name, number=1):
-        _TRIED[name] += number
+        survived[name] += number
 
-    return count
+    yield count
+    record_property("survived", dict(survived))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if _TRIED:
+    ended = (report for report in terminalreporter.getreports("") if report.when == "teardown")
+    told = [found for report in ended for name, found in report.user_properties if name == "survived"]
+    if told:
         terminalreporter.section("faults tried and survived")
-        for name, number in sorted(_TRIED.items()):
+        for name, number in sorted(sum(map(Counter, told), Counter()).items()):
             terminalreporter.write_line(f"{number:6d}  {name}")

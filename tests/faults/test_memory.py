@@ -75,7 +75,7 @@ def peak(pid):
 
 
 @pytest.mark.parametrize("count", STACKS)
-def test_a_worker_with_the_predicted_memory_finishes(count, frames, tmp_path, tried, capsys):
+def test_a_worker_with_the_predicted_memory_finishes(count, frames, tmp_path, tried):
     mask, stack = frames
     store = stack(count)
     layout = open_source(store).layout
@@ -120,8 +120,7 @@ def test_a_worker_with_the_predicted_memory_finishes(count, frames, tmp_path, tr
     wait_for(lambda: worker.poll() is not None)
     shutil.rmtree(tmp_path / "run")
     _PEAKS[count] = used
-    with capsys.disabled():
-        print(f"\n{count} frames: {used / 2**20:.0f} MiB of {predicted / 2**20:.0f} predicted, {used / predicted:.2f}")
     assert 0.8 * predicted < used < 1.2 * predicted
     assert used < 1.1 * min(_PEAKS.values())
-    tried(f"{count} frames of 2048² within the predicted memory")
+    sizes = f"{used / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f}"
+    tried(f"{count} frames of 2048² within the predicted memory: {sizes}")
