@@ -1,5 +1,7 @@
 """What several test modules share: one small simulated experiment, one real local cluster."""
 
+from collections import Counter
+
 import pytest
 
 from stillframe.scene import Experiment
@@ -29,3 +31,13 @@ def client():
         Client(cluster) as client,
     ):
         yield client
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell what the tests of faults survived; here, since a process that only hands out tests knows no deeper ones."""
+    ended = (report for report in terminalreporter.getreports("") if report.when == "teardown")
+    told = [found for report in ended for name, found in report.user_properties if name == "survived"]
+    if told:
+        terminalreporter.section("faults tried and survived")
+        for name, number in sorted(sum(map(Counter, told), Counter()).items()):
+            terminalreporter.write_line(f"{number:6d}  {name}")

@@ -22,6 +22,7 @@ from stillframe.flags import Flag
 from stillframe.frames import FrameSource, open_source
 from stillframe.leases import lease
 from stillframe.passes import Pass
+from stillframe.progress import read_status
 from stillframe.records import STAGES, Ledger
 from stillframe.scene import Experiment
 from stillframe.simulate import simulate
@@ -275,15 +276,41 @@ def test_a_store_that_vanishes_while_it_is_put_together_does_not_pass_for_finish
     with monkeypatch.context() as patched:
         patched.setattr(Pass, "_holes", vanishes)
         assert len(run(settings(stored, out)).problems) == 6
-    with xr.open_zarr(out / "aligned.zarr", chunks=None) as aligned:
-        assert not aligned.attrs["complete"]
-        assert len(aligned.attrs["missing"]) == 6
+    assert missing(out) == (False, 6)
+    assert [stage.done for stage in read_status(out)] == [24, 0]
+    assert not run(settings(stored, out, align=False)).problems
+    assert missing(out) == (False, 6)
     run(settings(stored, out))
     assert stores(out) == stores(undisturbed)
 
 
+def missing(out):
+    """Whether aligned frames are complete, and how many units are missing."""
+    with xr.open_zarr(out / "aligned.zarr", chunks=None) as aligned:
+        return aligned.attrs["complete"], len(aligned.attrs["missing"])
+
+
+def test_a_lost_shard_does_not_pass_for_there_without_alignment(stored, tmp_path):
+    out = tmp_path / "run"
+    run(settings(stored, out))
+    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+    run(settings(stored, out, align=False))
+    assert missing(out) == (False, 1)
+
+
+def test_what_a_killed_driver_left_is_swept(stored, undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    left = [out / "aligned.zarr" / ".zarr.json.12.partial", out / ".aligned.zarr.partial" / "zarr.json"]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    run(settings(stored, out, align=False))
+    assert not any(file.exists() for file in left)
+    assert not (out / ".aligned.zarr.partial").exists()
+
+
 def test_a_driver_looks_at_each_record_but_a_few_times(stored, undisturbed, tmp_path, monkeypatch):
-    """Once as it begins, once before each stage, and as it ends; on a shared file system each look is a journey."""
+    """As it begins, before each stage, and as it ends; on a shared file system each look is a journey."""
     out = shutil.copytree(undisturbed, tmp_path / "run")
     looks, read = Counter(), Ledger.read
 

@@ -12,7 +12,7 @@ from stillframe.durable import without_checksum
 from stillframe.frames import open_source
 from stillframe.match import KERNEL_VERSION
 from stillframe.progress import read_status
-from stillframe.records import Ledger
+from stillframe.records import STAGES, Ledger
 from stillframe.store import load_reference
 from stillframe.verify import verify
 from synthetic import contents
@@ -59,13 +59,15 @@ def test_an_output_of_the_first_format_goes_on(stored, tmp_path, capsys):
     assert verify(out).findings == []
 
 
-def test_a_newer_record_of_frames_that_there_are_no_more_is_refused(stored, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_newer_record_of_frames_that_there_are_no_more_is_refused(stage, stored, tmp_path):
     out = tmp_path / "run"
     finish(stored, out)
-    newer = out / "units" / "register" / "000017.json"
+    newer = out / "units" / stage / "000017.json"
     newer.write_text(json.dumps({"format": 9}))
-    with pytest.raises(ValueError, match=r"000017\.json has format 9.* a newer one wrote it"):
-        finish(stored, out)
+    for look in (lambda: finish(stored, out), lambda: verify(out)):
+        with pytest.raises(ValueError, match=r"000017\.json has format 9.* a newer one wrote it"):
+            look()
     assert newer.exists()
 
 

@@ -14,6 +14,13 @@ FRAMES = windows((48, 40), [(0, 0), (3, -5), (-6, 6), (7, 2), (0, -1)])
 UNITS = Plan(5, 2).units
 
 
+def create(dataset, path):
+    """Create a store and tell whether its frames were kept, and whether they were forgotten before they went."""
+    forgotten = []
+    kept = create_aligned(dataset, path, UNITS, lambda: forgotten.append((path / "frames" / "c").exists()))
+    return kept, forgotten
+
+
 @pytest.fixture
 def aligned():
     shifts = sf.register(xr.DataArray(FRAMES, dims=("frame", "y", "x")), sf.Reference(FRAMES[0], max_shift=9))
@@ -26,17 +33,17 @@ class TestTheAlignedStore:
         return zarr.open_group(path, mode="r").attrs["missing"]
 
     def test_that_is_new_keeps_no_frames_and_misses_all(self, aligned, tmp_path):
-        assert not create_aligned(aligned, tmp_path / "aligned.zarr", UNITS)
+        assert create(aligned, tmp_path / "aligned.zarr") == (False, [False])
         assert self.missing(tmp_path / "aligned.zarr") == [str(unit) for unit in UNITS]
 
     def test_keeps_its_frames_where_they_mean_the_same(self, aligned, tmp_path):
         path = tmp_path / "aligned.zarr"
-        create_aligned(aligned, path, UNITS)
+        create(aligned, path)
         kept, strange = (path / "frames" / "c" / name / "0" / "0" for name in "13")
         for shard in (kept, strange):
             shard.parent.mkdir(parents=True)
             shard.write_bytes(b"pixels")
-        assert create_aligned(aligned, path, UNITS)
+        assert create(aligned, path) == (True, [])
         assert kept.exists()
         assert not strange.exists()
         assert self.missing(path) == []
@@ -44,14 +51,14 @@ class TestTheAlignedStore:
     @pytest.mark.parametrize("harm", ["damaged", "another layout"])
     def test_says_at_once_that_frames_nobody_understands_are_gone(self, aligned, tmp_path, harm):
         path = tmp_path / "aligned.zarr"
-        create_aligned(aligned, path, UNITS)
+        create(aligned, path)
         shard = path / "frames" / "c" / "1" / "0" / "0"
         shard.parent.mkdir(parents=True)
         shard.write_bytes(b"pixels")
         metadata = path / "frames" / "zarr.json"
         other = json.loads(metadata.read_text()) | {"data_type": "float32"}
         metadata.write_text("{" if harm == "damaged" else json.dumps(other))
-        assert not create_aligned(aligned, path, UNITS)
+        assert create(aligned, path) == (False, [True])
         assert not shard.exists()
         assert self.missing(path) == [str(unit) for unit in UNITS]
 

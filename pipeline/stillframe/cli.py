@@ -77,7 +77,8 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
             err.print(f"Error: {error}", markup=False)
-            raise typer.Exit(EXIT_REFUSED) from error
+            # What breaks while a run is being stopped came of that.
+            raise typer.Exit(EXIT_INTERRUPTED if _stopping.is_set() else EXIT_REFUSED) from error
 
     return wrapped
 

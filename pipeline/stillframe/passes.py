@@ -11,7 +11,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ _NONE_GOOD = (
     "valid), the reference and --max-shift."
 )
 
+_STORES = ("reference.zarr", "shifts.zarr", "aligned.zarr")
 
 Work = Sequence[tuple[Unit, Mark] | tuple[Unit, Mark, Moves]]
 """What each unit's task needs."""
@@ -106,8 +107,8 @@ class Pass:
     def begin(self) -> None:
         """Write down what is going to be done, and make the stores for it."""
         with self._driving_alone():
-            matches, holes, found = self._before()  # first, as it refuses what is newer
-            self._begin(found)
+            matches, holes, found = self._look_back()  # first, as it refuses what is newer
+            self._prepare_folder(found)
             self._create_aligned(self._dataset(matches), holes)
 
     def work(self) -> list[str]:
@@ -192,7 +193,7 @@ class Pass:
     def _ledger(self) -> Ledger:
         return Ledger(self._out)
 
-    def _before(self) -> tuple[Matches, list[Unit], list[Outdated]]:
+    def _look_back(self) -> tuple[Matches, list[Unit], list[Outdated]]:
         """Look at each unit's records once: what holds, which units lack aligned frames, what is out of date.
 
         Frames without a record that holds are corrupt.
@@ -206,16 +207,14 @@ class Pass:
             found += one.outdated
         return matches, holes, [one for one in found if self.settings.align or one.stage == "register"]
 
-    def _begin(self, found: Sequence[Outdated]) -> None:
+    def _prepare_folder(self, found: Sequence[Outdated]) -> None:
         """Write down what is going to be done, and take back what is out of date, so that status tells the truth."""
         # From the first file on, the folder is known as a run's.
         write_durably(self._out / "settings.toml", self.settings.to_toml().encode())
         self._store_reference()
         (self._out / "seals.json").unlink(missing_ok=True)
-        shutil.rmtree(drafts_of(self._out), ignore_errors=True)
-        sweep(self._out)
-        for litter in self._out.glob(".*.json.*.partial"):
-            litter.unlink(missing_ok=True)
+        mark_incomplete(self._out / "aligned.zarr")  # before any record of it is withdrawn
+        self._sweep()
         self.held.drafts.mkdir(parents=True, exist_ok=True)
         self._ledger.prepare()
         parts = self.share.of if self.share else 0
@@ -223,6 +222,15 @@ class Pass:
         units = len(self.plan.units)
         log.info("%s: %d frames in %d units on %s", self.source.path, self.plan.frames, units, self.workers.name)
         self._take_back(found)
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left."""
+        shutil.rmtree(drafts_of(self._out), ignore_errors=True)
+        sweep(self._out)
+        for litter in (*self._out.glob(".*.json.*.partial"), *(self._out / "aligned.zarr").glob(".*.partial")):
+            litter.unlink(missing_ok=True)
+        for name in _STORES:
+            shutil.rmtree(self._out / f".{name}.partial", ignore_errors=True)
 
     def _take_back(self, found: Sequence[Outdated]) -> None:
         """Withdraw every record that no longer holds, and say why."""
@@ -332,7 +340,8 @@ class Pass:
         missing = [str(unit) for unit in holes]
         template = aligned.to_dataset().assign(applied=applied)
         template = template.assign_attrs(shifts.attrs, complete=False, missing=missing)
-        return create_aligned(template, self._out / "aligned.zarr", self.plan.units)
+        forget = partial(self._ledger.withdraw_all, "align")
+        return create_aligned(template, self._out / "aligned.zarr", self.plan.units, forget)
 
     @property
     def _has_aligned(self) -> bool:
@@ -354,11 +363,12 @@ class Pass:
         registered, aligned = (self._ledger.read(stage, unit.number) for stage in STAGES)
         if registered is None or aligned is None or not aligned.files:
             return False
-        return aligned.shifts == digest_of(moves_of(registered))
+        return self._ledger.has_files(aligned) and aligned.shifts == digest_of(moves_of(registered))
 
     def _finish(self, shifts: xr.Dataset, problems: list[str], holes: Sequence[Unit]) -> Result:
         if self.settings.align:
-            unsaid = [unit for unit in holes if not any(str(unit) in problem for problem in problems)]
+            said = {problem.partition(":")[0] for problem in problems}
+            unsaid = [unit for unit in holes if str(unit) not in said]
             problems += [f"{unit}: the aligned frames are gone; run the same command again" for unit in unsaid]
         elif holes:
             warn(f"--no-align: {len(holes)} units of aligned.zarr are out of date, and marked as missing there.")
@@ -381,7 +391,7 @@ class Pass:
 def _sealed_files(folder: Path) -> list[Path]:
     """Return the files of a finished run that neither a record nor a checksum of their own speaks of."""
     single = (folder / name for name in ("settings.toml", "reference.json", "shifts.png"))
-    stores = [folder / name for name in ("reference.zarr", "shifts.zarr", "aligned.zarr")]
+    stores = [folder / name for name in _STORES]
     files = (file for store in stores if store.exists() for file in store_files(store))
     return [*(file for file in single if file.exists()), *files]
 

@@ -166,6 +166,14 @@ class Ledger:
             path.unlink()
             sync_folder(path.parent)
 
+    def withdraw_all(self, stage: Stage) -> None:
+        """Remove the records of all units before all that they speak of is removed."""
+        for number in self.numbers(stage):
+            self.path(stage, number).unlink(missing_ok=True)
+        folder = self.path(stage, 0).parent
+        if folder.exists():
+            sync_folder(folder)
+
     def read(self, stage: Stage, unit: int) -> UnitRecord | None:
         """Return a unit's record, or None where there is none that is whole.
 
@@ -196,8 +204,10 @@ class Ledger:
 
     def holds(self, record: UnitRecord, unit: Unit, mark: Mark, known: Sequence[str] = ()) -> bool:
         """Tell whether a record holds: same fingerprint, files as recorded, no problem but known ones."""
-        if not fits(record, unit, mark) or record.problems not in ([], list(known)):
-            return False
+        return fits(record, unit, mark) and record.problems in ([], list(known)) and self.has_files(record)
+
+    def has_files(self, record: UnitRecord) -> bool:
+        """Tell whether the files that a record speaks of are there, by their sizes."""
         return all(_size(self.folder / name) == seal.size for name, seal in record.files.items())
 
     def failed(self, stage: Stage, unit: Unit, problem: str) -> None:

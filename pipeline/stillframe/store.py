@@ -8,7 +8,7 @@ import shutil
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,23 +116,26 @@ def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
     return partial
 
 
-def create_aligned(dataset: xr.Dataset, path: Path, units: Sequence[Unit]) -> bool:
+def create_aligned(dataset: xr.Dataset, path: Path, units: Sequence[Unit], forget: Callable[[], None]) -> bool:
     """Write all of the aligned store but the pixels, and tell whether there are some that mean the same and stay.
 
-    If not, all units are marked as missing. Shards of other units are removed.
+    If not, all units are marked as missing, and what is recorded of them is forgotten, by a call, before it is removed.
+    Shards of other units are removed.
 
     File by file, the root last and marked incomplete before the first: whenever this is killed, no shard that counts
     is lost and nothing passes for finished.
     """
     partial = _partial(dataset, path, compute=False)
     same = _layout(path) == _layout(partial)
+    gone = {} if same else {"missing": [str(unit) for unit in units]}
     if not same:
-        _mark(partial, missing=[str(unit) for unit in units])
+        _mark(partial, **gone)
+        forget()
     if not path.exists():
         partial.rename(path)
         sync_folder(path.parent)
         return False
-    _mark(path, complete=False)
+    _mark(path, complete=False, **gone)
     if not same:
         shutil.rmtree(path / "frames", ignore_errors=True)
     _replace_files(partial, path)

@@ -181,6 +181,7 @@ class _Look:
         for stage in STAGES:
             for number in self.ledger.numbers(stage):
                 if number not in known:
+                    self.ledger.read(stage, number)  # refuses what is newer
                     yield Finding(f"there is a record of unit {number}, which does not exist", ((stage, number),))
 
     def _unit(self, unit: Unit) -> list[Finding]:

@@ -246,8 +246,8 @@ class Costs:
     """Seconds that the driver and its scheduler spend on a unit."""
     records: float
     """Seconds in which the driver alone looks through the records of a unit, before and after all work."""
-    start: float = 60.0
-    """Seconds until the first unit, beyond waiting in the queue."""
+    start: float = 94.0
+    """Seconds until the first unit, beyond waiting in the queue: as ``register`` found it, mostly for the reference."""
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,3 @@ def tried(record_property):
 
     yield count
     record_property("survived", dict(survived))
-
-
-def pytest_terminal_summary(terminalreporter):
-    ended = (report for report in terminalreporter.getreports("") if report.when == "teardown")
-    told = [found for report in ended for name, found in report.user_properties if name == "survived"]
-    if told:
-        terminalreporter.section("faults tried and survived")
-        for name, number in sorted(sum(map(Counter, told), Counter()).items()):
-            terminalreporter.write_line(f"{number:6d}  {name}")
