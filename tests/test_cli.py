@@ -2,16 +2,38 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import typer
 import xarray as xr
+
+from stillframe import cli
 
 
 def stillframe(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "stillframe", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
     )
+
+
+@pytest.mark.parametrize(("stopping", "status"), [(False, 2), (True, 130)])
+def test_what_breaks_while_a_run_is_being_stopped_counts_as_stopped(stopping, status, monkeypatch, capsys):
+    @cli.told
+    def breaks():
+        raise TimeoutError("the scheduler is gone")
+
+    signalled = threading.Event()
+    monkeypatch.setattr(cli, "_stopping", signalled)
+    if stopping:
+        signalled.set()
+    with pytest.raises(typer.Exit) as ended:
+        breaks()
+    assert ended.value.exit_code == status
+    words = capsys.readouterr().err
+    assert "Error: the scheduler is gone" in words
+    assert ("give the same command again to go on" in words) == stopping
 
 
 @pytest.mark.slow

@@ -77,8 +77,10 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
             err.print(f"Error: {error}", markup=False)
-            # What breaks while a run is being stopped came of that.
-            raise typer.Exit(EXIT_INTERRUPTED if _stopping.is_set() else EXIT_REFUSED) from error
+            if not _stopping.is_set():
+                raise typer.Exit(EXIT_REFUSED) from error
+            err.print(_STOPPED)  # what breaks while a run is being stopped came of that
+            raise typer.Exit(EXIT_INTERRUPTED) from error
 
     return wrapped
 
