@@ -298,6 +298,22 @@ def test_a_lost_shard_does_not_pass_for_there_without_alignment(stored, tmp_path
     assert missing(out) == (False, 1)
 
 
+def test_a_store_is_marked_incomplete_before_any_record_of_it_is_withdrawn(stored, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(settings(stored, out))
+    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+    marked, withdraw = [], Ledger.withdraw
+
+    def looked(self, stage, unit):
+        marked.append(missing(out)[0])
+        withdraw(self, stage, unit)
+
+    monkeypatch.setattr(Ledger, "withdraw", looked)
+    run(settings(stored, out))
+    assert marked[0] is False
+    assert missing(out) == (True, 0)
+
+
 def test_what_a_killed_driver_left_is_swept(stored, undisturbed, tmp_path):
     out = shutil.copytree(undisturbed, tmp_path / "run")
     left = [out / "aligned.zarr" / ".zarr.json.12.partial", out / ".aligned.zarr.partial" / "zarr.json"]

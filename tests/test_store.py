@@ -15,10 +15,14 @@ UNITS = Plan(5, 2).units
 
 
 def create(dataset, path):
-    """Create a store and tell whether its frames were kept, and whether they were forgotten before they went."""
+    """Create a store; tell whether its frames were kept, and which were there and marked missing when forgotten."""
     forgotten = []
-    kept = create_aligned(dataset, path, UNITS, lambda: forgotten.append((path / "frames" / "c").exists()))
-    return kept, forgotten
+
+    def forget():
+        there = (path / "frames" / "c").exists()
+        forgotten.append((there, len(zarr.open_group(path, mode="r").attrs["missing"]) if there else 0))
+
+    return create_aligned(dataset, path, UNITS, forget), forgotten
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ class TestTheAlignedStore:
         return zarr.open_group(path, mode="r").attrs["missing"]
 
     def test_that_is_new_keeps_no_frames_and_misses_all(self, aligned, tmp_path):
-        assert create(aligned, tmp_path / "aligned.zarr") == (False, [False])
+        assert create(aligned, tmp_path / "aligned.zarr") == (False, [(False, 0)])
         assert self.missing(tmp_path / "aligned.zarr") == [str(unit) for unit in UNITS]
 
     def test_keeps_its_frames_where_they_mean_the_same(self, aligned, tmp_path):
@@ -58,7 +62,7 @@ class TestTheAlignedStore:
         metadata = path / "frames" / "zarr.json"
         other = json.loads(metadata.read_text()) | {"data_type": "float32"}
         metadata.write_text("{" if harm == "damaged" else json.dumps(other))
-        assert create(aligned, path) == (False, [True])
+        assert create(aligned, path) == (False, [(True, len(UNITS))])
         assert not shard.exists()
         assert self.missing(path) == [str(unit) for unit in UNITS]
 

@@ -72,7 +72,7 @@ def open_frames(
 
 def _lazy_frames(source: FrameSource, size: int) -> xr.DataArray:
     """Label a stack of frames, in blocks of some frames each."""
-    key = {"path": source.path, "metadata": source.description(), "chunk": size, "limit": source.limit}
+    key = {"path": source.path, "metadata": source.description(), "chunk": size}
     name = f"frames-{fingerprint(key)}"
     data = da.from_array(
         source, chunks=(size, -1, -1), name=name, asarray=False, meta=np.empty((0, 0, 0), source.dtype)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from stillframe.durable import digest_of
 from stillframe.marks import Marker
 from stillframe.match import Matches
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord, changes, fits
@@ -50,26 +51,25 @@ def standings(ledger: Ledger, units: Sequence[Unit], marker: Marker) -> Iterator
 
 def _standing(ledger: Ledger, unit: Unit, marker: Marker, listed: Sequence[Stage]) -> Standing:
     """Judge a unit's records; an alignment waits for its registration to hold."""
-    registered = aligned = None
-    found: list[Outdated] = []
-    if "register" in listed:
-        registered = _judge(ledger, "register", unit, marker.register(unit), found)
-    if "align" in listed:
-        mark = marker.align(unit, moves_of(registered)) if registered else None
-        aligned = _judge(ledger, "align", unit, mark, found)
-    return Standing(unit, registered.to_matches() if registered else None, aligned is not None, found)
+    judged = _judge(ledger, "register", unit, marker.register(unit)) if "register" in listed else None
+    registered = judged if isinstance(judged, UnitRecord) else None
+    mark = marker.align(unit, moves_of(registered)) if registered and "align" in listed else None
+    aligned = _judge(ledger, "align", unit, mark) if "align" in listed else None
+    matches = registered.to_matches() if registered else None
+    old = [one for one in (judged, aligned) if isinstance(one, Outdated)]
+    return Standing(unit, matches, isinstance(aligned, UnitRecord), old)
 
 
-def _judge(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark | None, found: list[Outdated]) -> UnitRecord | None:
-    """Return the record if it holds, or add to what was found; without a mark, that cannot be told yet."""
+def _judge(ledger: Ledger, stage: Stage, unit: Unit, mark: Mark | None) -> UnitRecord | Outdated | None:
+    """Return the record if it holds, or why it does not; None if that cannot be told yet, for want of a mark."""
     record = ledger.read(stage, unit.number)
     if record is None:
-        found.append(Outdated(stage, unit.number, str(unit), "the record is damaged", changed=True))
-    elif mark is None or ledger.holds(record, unit, mark):
-        return record if mark else None
-    else:
-        found.append(Outdated(stage, unit.number, str(unit), *_why(record, unit, mark)))
-    return None
+        return Outdated(stage, unit.number, str(unit), "the record is damaged", changed=True)
+    if mark is None:
+        return None
+    if ledger.holds(record, unit, mark):
+        return record
+    return Outdated(stage, unit.number, str(unit), *_why(record, unit, mark))
 
 
 def surplus(ledger: Ledger, units: Sequence[Unit]) -> list[Outdated]:
@@ -104,6 +104,14 @@ def holds_aligned(ledger: Ledger, unit: Unit, marker: Marker) -> bool:
         return False
     mark = marker.align(unit, moves_of(registered))
     return ledger.finished("align", unit, mark, registered.problems) is not None
+
+
+def holds_same_shifts(ledger: Ledger, unit: Unit) -> bool:
+    """Tell whether a unit's aligned frames are there, made in whatever way, by the shifts that are recorded now."""
+    registered, aligned = (ledger.read(stage, unit.number) for stage in STAGES)
+    if registered is None or aligned is None or not aligned.files:
+        return False
+    return ledger.has_files(aligned) and aligned.shifts == digest_of(moves_of(registered))
 
 
 def is_done(ledger: Ledger, unit: Unit, marker: Marker, *, align: bool) -> bool:

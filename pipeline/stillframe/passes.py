@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 
 from stillframe.doors import sweep
-from stillframe.durable import digest_of, write_durably
+from stillframe.durable import write_durably
 from stillframe.errors import NewerVersion, RunStopped, hopeless
 from stillframe.executors import Executor, is_killed, results
 from stillframe.flags import Flag
@@ -30,7 +30,7 @@ from stillframe.leases import Lease, drafts_of
 from stillframe.marks import Marker, marker_of
 from stillframe.match import MATCH_DTYPE, Matches, no_match
 from stillframe.origin import Origin
-from stillframe.outdated import Outdated, holds_aligned, in_words, is_done, standings, surplus
+from stillframe.outdated import Outdated, holds_aligned, holds_same_shifts, in_words, is_done, standings, surplus
 from stillframe.plans import Seals, is_sealed, write_plan
 from stillframe.progress import Meter, log, progress_bar, warn
 from stillframe.records import STAGES, Ledger, Mark, Stage, UnitRecord
@@ -122,7 +122,7 @@ class Pass:
             if not self.settings.align:
                 return self._stage("register", register, to_register, bar)
             failed = self._stage("register", BothStages(register, self._align_unit), to_register, bar)
-            return failed + self._stage("align", self._align_unit, self._to_align(units), bar)
+            return failed + self._stage("align", self._align_unit, list(self._to_align(units)), bar)
 
     def put_together(self, failed: list[str]) -> Result:
         """Publish what all units found."""
@@ -258,22 +258,21 @@ class Pass:
     def _to_register(self, units: Sequence[Unit]) -> Work:
         """Return the units whose registration is not finished."""
         items = ((unit, self._mine.register(unit)) for unit in units)
-        todo = (item for item in items if self._ledger.finished("register", *item) is None)
-        return [(unit, mark.for_task()) for unit, mark in todo]
+        return [(unit, mark.for_task()) for unit, mark in items if not self._ledger.finished("register", unit, mark)]
 
-    def _to_align(self, units: Sequence[Unit]) -> Work:
-        """Return the units that were registered and whose alignment is not finished.
+    def _to_align(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Mark, Moves]]:
+        """Yield the units that were registered and whose alignment is not finished.
 
         What could not be read when a unit was registered just now was not aligned either, and was told.
         """
-        records = ((unit, self._ledger.read("register", unit.number)) for unit in units)
-        moves = ((unit, moves_of(record), record.problems) for unit, record in records if record and record.matches)
-        items = ((unit, self._mine.align(unit, its), its, told) for unit, its, told in moves)
-        return [
-            (unit, mark.for_task(), its)
-            for unit, mark, its, told in items
-            if self._ledger.finished("align", unit, mark, told) is None
-        ]
+        for unit in units:
+            record = self._ledger.read("register", unit.number)
+            if record is None or record.matches is None:
+                continue
+            moves = moves_of(record)
+            mark = self._mine.align(unit, moves)
+            if not self._ledger.finished("align", unit, mark, record.problems):
+                yield unit, mark.for_task(), moves
 
     def _stage(self, stage: Stage, work: Callable[[Any], UnitRecord], todo: Work, bar: Any) -> list[str]:
         """Work on units; return what went wrong."""
@@ -352,18 +351,12 @@ class Pass:
         """Return the units whose aligned frames are not there, or are those of another time."""
         if not self._has_aligned:
             return []
-        holds = self._holds_aligned if self.settings.align else self._holds_same_shifts
-        return [unit for unit in self.plan.units if not holds(unit)]
+        return [unit for unit in self.plan.units if not self._holds(unit)]
 
-    def _holds_aligned(self, unit: Unit) -> bool:
-        return holds_aligned(self._ledger, unit, self._marker)
-
-    def _holds_same_shifts(self, unit: Unit) -> bool:
-        """Tell whether frames were aligned, in whatever way, by the shifts that are recorded now."""
-        registered, aligned = (self._ledger.read(stage, unit.number) for stage in STAGES)
-        if registered is None or aligned is None or not aligned.files:
-            return False
-        return self._ledger.has_files(aligned) and aligned.shifts == digest_of(moves_of(registered))
+    def _holds(self, unit: Unit) -> bool:
+        if self.settings.align:
+            return holds_aligned(self._ledger, unit, self._marker)
+        return holds_same_shifts(self._ledger, unit)
 
     def _finish(self, shifts: xr.Dataset, problems: list[str], holes: Sequence[Unit]) -> Result:
         if self.settings.align:

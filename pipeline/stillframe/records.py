@@ -170,9 +170,7 @@ class Ledger:
         """Remove the records of all units before all that they speak of is removed."""
         for number in self.numbers(stage):
             self.path(stage, number).unlink(missing_ok=True)
-        folder = self.path(stage, 0).parent
-        if folder.exists():
-            sync_folder(folder)
+        sync_folder(self.path(stage, 0).parent)
 
     def read(self, stage: Stage, unit: int) -> UnitRecord | None:
         """Return a unit's record, or None where there is none that is whole.

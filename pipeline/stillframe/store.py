@@ -119,25 +119,24 @@ def _partial(dataset: xr.Dataset, path: Path, *, compute: bool = True) -> Path:
 def create_aligned(dataset: xr.Dataset, path: Path, units: Sequence[Unit], forget: Callable[[], None]) -> bool:
     """Write all of the aligned store but the pixels, and tell whether there are some that mean the same and stay.
 
-    If not, all units are marked as missing, and what is recorded of them is forgotten, by a call, before it is removed.
-    Shards of other units are removed.
+    If not, all units are marked as missing and what is recorded of them is forgotten, by a call, before they go.
+    Shards of other units go too.
 
     File by file, the root last and marked incomplete before the first: whenever this is killed, no shard that counts
     is lost and nothing passes for finished.
     """
     partial = _partial(dataset, path, compute=False)
     same = _layout(path) == _layout(partial)
-    gone = {} if same else {"missing": [str(unit) for unit in units]}
     if not same:
-        _mark(partial, **gone)
+        for store in (partial, path):
+            _mark(store, complete=False, missing=[str(unit) for unit in units])
         forget()
+        shutil.rmtree(path / "frames", ignore_errors=True)
     if not path.exists():
         partial.rename(path)
         sync_folder(path.parent)
         return False
-    _mark(path, complete=False, **gone)
-    if not same:
-        shutil.rmtree(path / "frames", ignore_errors=True)
+    _mark(path, complete=False)
     _replace_files(partial, path)
     for strange in strange_shards(path, len(units)):
         shutil.rmtree(strange)

@@ -15,6 +15,7 @@ import xarray as xr
 from stillframe.durable import Seal, digest_of
 from stillframe.leases import drafts_of, lease, read_leases
 from stillframe.origin import read_origin
+from stillframe.outdated import surplus
 from stillframe.plans import StoredPlan, aligns, read_plan, read_seals, read_stored_plan
 from stillframe.records import STAGES, Ledger, Stage, UnitRecord
 from stillframe.settings import Settings, make_settings, read_toml
@@ -177,12 +178,8 @@ class _Look:
             for unit, found in zip(self.plan.units, pool.map(self._unit, self.plan.units), strict=True):
                 yield from found
                 on_unit(unit)
-        known = {unit.number for unit in self.plan.units}
-        for stage in STAGES:
-            for number in self.ledger.numbers(stage):
-                if number not in known:
-                    self.ledger.read(stage, number)  # refuses what is newer
-                    yield Finding(f"there is a record of unit {number}, which does not exist", ((stage, number),))
+        for one in surplus(self.ledger, self.plan.units):
+            yield Finding(f"there is a record of unit {one.unit}, which does not exist", ((one.stage, one.unit),))
 
     def _unit(self, unit: Unit) -> list[Finding]:
         registered, aligned = (self.ledger.read(stage, unit.number) for stage in STAGES)
