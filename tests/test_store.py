@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import xarray as xr
 import zarr
@@ -69,6 +70,20 @@ class TestTheAlignedStore:
     def test_is_made_from_something_that_never_passes_for_frames(self, aligned):
         with pytest.raises(RuntimeError, match="holds none"):
             aligned["frames"].compute()
+
+
+@pytest.mark.parametrize("size", [2, 5, 16])
+@pytest.mark.parametrize("interpolation", ["nearest", "cubic"])
+def test_what_stands_for_aligned_frames_looks_and_is_stored_as_they_are(size, interpolation):
+    frames = xr.DataArray(FRAMES, dims=("frame", "y", "x"), coords={"delay": ("frame", np.arange(5.0))}).chunk(
+        frame=size
+    )
+    shifts = sf.register(frames, sf.Reference(FRAMES[0], max_shift=9))
+    real = sf.align(frames, shifts, interpolation=interpolation)
+    stands = empty_aligned(shifts, FRAMES.dtype, size, interpolation=interpolation, fill=None)
+    for name in ("name", "dims", "shape", "dtype", "attrs", "encoding"):
+        assert repr(getattr(stands, name)) == repr(getattr(real, name))  # a fill of NaN is not itself
+    assert stands.coords.to_dataset().identical(real.coords.to_dataset())
 
 
 def test_the_files_of_a_store_are_all_but_the_shards_of_frames(tmp_path):
