@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
+from faulty import finish, records, stores
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
 
 EXPERIMENT = Experiment(frames=24, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=10, seed=3)
 
@@ -19,6 +20,16 @@ def experiment():
 def stored(tmp_path_factory):
     """Paths of the experiment's frames and mask; tests only read them."""
     return simulate(EXPERIMENT, tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(stored, tmp_path_factory):
+    """Folder of a finished run of the experiment, which tests only read or copy."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert not finish(stored, out).problems
+    before = stores(out), records(out)
+    yield out
+    assert (stores(out), records(out)) == before, "a test wrote into the shared run"
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 
 import stillframe as sf
-from stillframe.batch import run
+from stillframe.workflow.driver import run
 from synthetic import contents
 
 STORES = ("shifts.zarr", "aligned.zarr", "reference.zarr")
-SMALL = {"unit_frames": 4, "max_shift": 12, "reference_iterations": 0}
+SMALL = {"unit_frames": 4, "max_shift": 12, "reference_iterations": 1}
 PATIENCE = 120
 LONG = os.environ.get("STILLFRAME_FAULTS") == "long"
 

@@ -6,16 +6,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import stillframe.leases
+import stillframe.workflow.lease
 from stillframe.errors import LeaseError
-from stillframe.leases import lease
+from stillframe.workflow.lease import lease
+from stillframe.workflow.run_folder import RunFolder
 
 
 def race(folder, start, answers):
     """Try to get the lease, tell whether it worked, and hold it for a while."""
     start.wait()
     try:
-        with lease(folder):
+        with lease(RunFolder(folder)):
             answers.put(True)
             time.sleep(2)
     except LeaseError:
@@ -24,7 +25,7 @@ def race(folder, start, answers):
 
 def drive(start, settings, answers):
     """Run as a driver among several; tell how it ended."""
-    from stillframe.batch import run
+    from stillframe.workflow.driver import run
 
     start.wait()
     try:
@@ -51,7 +52,7 @@ def spawn(count, target, *arguments):
 def elsewhere():
     """Be the command line on another machine, whose lease is void after two seconds of silence."""
     socket.gethostname = lambda: "elsewhere"
-    stillframe.leases.STALE, stillframe.leases.HEARTBEAT = 2.0, 0.2
+    stillframe.workflow.lease.STALE, stillframe.workflow.lease.HEARTBEAT = 2.0, 0.2
     from stillframe.cli import main
 
     main()

@@ -42,7 +42,8 @@ class Slurm:
 
     def start(self, frames, mask, out, *more, **given):
         """Start a run whose workers are jobs."""
-        command = run_command((frames, mask), out, "--cluster", self.settings(**given), *more, unit_frames=1)
+        options = {"unit_frames": 1, "reference": "0:16"}
+        command = run_command((frames, mask), out, "--cluster", self.settings(**given), *more, **options)
         return Started(command, env=self.environment)
 
     def submit(self, *command):

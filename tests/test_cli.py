@@ -19,8 +19,10 @@ def stillframe(*arguments, cwd=None):
 
 
 @pytest.mark.parametrize(("stopping", "status"), [(False, 2), (True, 130)])
-def test_what_breaks_while_a_run_is_being_stopped_counts_as_stopped(stopping, status, monkeypatch, capsys):
-    @cli.told
+def test_errors_while_a_run_is_being_stopped_count_as_stopped(stopping, status, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", typer.Typer())
+
+    @cli.command
     def breaks():
         raise TimeoutError("the scheduler is gone")
 
@@ -37,7 +39,7 @@ def test_what_breaks_while_a_run_is_being_stopped_counts_as_stopped(stopping, st
 
 
 @pytest.mark.slow
-def test_simulate_then_what_it_says(tmp_path):
+def test_simulate_then_the_command_it_prints(tmp_path):
     made = stillframe("simulate", tmp_path / "sim", "--frames", 6, "--height", 64, "--width", 80, "--pattern", "spots")
     assert made.returncode == 0
     line = re.search(r"Next: stillframe (run .*)", made.stdout)[1].split()
@@ -49,7 +51,7 @@ def test_simulate_then_what_it_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demonstration_tells_the_truth(tmp_path):
+def test_the_demonstration_prints_the_true_errors(tmp_path):
     shown = stillframe("demo", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     masked, plain = (
@@ -80,10 +82,10 @@ def test_the_selftest_moves_the_users_own_frames(stored, tmp_path):
     assert max(report["fractions"]) < 20
 
 
-def test_the_selftest_looks_where_its_figures_go_first(stored, tmp_path):
-    told = stillframe("selftest", stored[0], "--save", tmp_path / "nowhere" / "figures.json")
-    assert told.returncode == 2
-    assert "is no folder" in told.stderr
+def test_the_selftest_first_checks_where_its_figures_go(stored, tmp_path):
+    done = stillframe("selftest", stored[0], "--save", tmp_path / "nowhere" / "figures.json")
+    assert done.returncode == 2
+    assert "is no folder" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_the_selftest_looks_where_its_figures_go_first(stored, tmp_path):
         (("simulate", "x", "--height", "2"), "16"),
     ],
 )
-def test_mistakes_are_told_in_words(arguments, words, tmp_path):
+def test_mistakes_are_printed_without_traceback(arguments, words, tmp_path):
     done = stillframe(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr

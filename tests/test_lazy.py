@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stillframe as sf
-from stillframe.match import match_frames
-from stillframe.resample import resample_frames
+from stillframe.images.resample import resample_frames
+from stillframe.registration.match import match_frames
 from strategies import partition
 from synthetic import blocked, contents, store_frames, windows
 
@@ -143,12 +143,12 @@ class TestReference:
     def test_is_a_mean_of_usable_frames(self):
         stack = FRAMES.copy()
         stack[1] = 0
-        reference = sf.make_reference(stack, MASK, use=slice(4), max_shift=9)
+        reference = sf.make_reference(stack, MASK, use=slice(4), iterations=0, max_shift=9)
         mean = stack[[0, 2, 3]].mean(axis=0)
         np.testing.assert_allclose(reference.image, np.where(MASK, mean, 0), rtol=1e-6)
 
     def test_is_any_slice(self):
-        reference = sf.make_reference(self.STACK, use=slice(1, 7, 3), max_shift=9)
+        reference = sf.make_reference(self.STACK, use=slice(1, 7, 3), iterations=0, max_shift=9)
         np.testing.assert_allclose(reference.image, FRAMES[[1, 4]].mean(axis=0))
 
     def test_is_an_external_image(self):
@@ -171,7 +171,7 @@ class TestReference:
             (FRAMES * 0, 1, "no contrast"),
         ],
     )
-    def test_that_cannot_be_made_is_told(self, stack, use, words):
+    def test_that_cannot_be_made_raises(self, stack, use, words):
         with pytest.raises(ValueError, match=words):
             sf.make_reference(stack, MASK, use=use, max_shift=9)
 
@@ -186,7 +186,7 @@ class TestReference:
         with pytest.raises(ValueError, match="no longer the reference"):
             file.load()
 
-    def test_that_is_none_is_told(self, tmp_path):
+    def test_that_is_not_stored_raises(self, tmp_path):
         with pytest.raises(ValueError, match="not a stored reference"):
             sf.load_reference(tmp_path)
 
@@ -212,7 +212,7 @@ class TestReference:
         (lambda f, s: sf.align(f, s, fill=-1), ValueError, "cannot hold"),
     ],
 )
-def test_wrong_arguments_are_told(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     frames = xr.DataArray(FRAMES, dims=("frame", "y", "x"))
     shifts = sf.register(frames, REFERENCE)
     with pytest.raises(error, match=words):
@@ -242,8 +242,8 @@ class TestOnACluster:
     def test_shifts(self, client, stored, batch, tmp_path, saved):
         frames = sf.open_frames(stored[0], chunk_frames=8)
         reference = sf.load_reference(batch / "reference.zarr")
-        known = sf.save_reference(reference, tmp_path / "reference.zarr") if saved else reference
-        shifts = sf.register(frames, known).compute()
+        chosen = sf.save_reference(reference, tmp_path / "reference.zarr") if saved else reference
+        shifts = sf.register(frames, chosen).compute()
         with xr.open_zarr(batch / "shifts.zarr", chunks=None) as expected:
             xr.testing.assert_equal(shifts, expected)
 

@@ -1,6 +1,6 @@
-"""Every notebook runs from top to bottom, and keeps the outputs it had when it was last looked at.
+"""Every notebook runs from top to bottom, and is stored with its outputs.
 
-To refresh the outputs: ``python tests/test_notebooks.py``.
+To make the outputs anew: ``python tests/test_notebooks.py``.
 """
 
 from pathlib import Path

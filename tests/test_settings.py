@@ -33,13 +33,13 @@ def test_mistakes_are_named(values, words):
     assert words in str(caught.value)
 
 
-def test_every_mistake_is_told_at_once():
+def test_one_message_names_every_mistake():
     with pytest.raises(ValueError, match=r"(?s)max_shift.*overlap_ratio"):
         make_settings({"frames": "a", "out": "b", "max_shift": -1, "overlap_ratio": 3})
 
 
 @pytest.mark.parametrize("content", [b"max_shift = = 3", b"\xff\xfe", b"[a\n"])
-def test_what_is_not_toml_is_told(tmp_path, content):
+def test_a_file_that_is_not_toml_raises(tmp_path, content):
     (tmp_path / "x.toml").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.toml is not TOML"):
         read_toml(tmp_path / "x.toml")

@@ -10,15 +10,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from stillframe.errors import LeaseError, RunStopped
-
-if TYPE_CHECKING:
-    from stillframe.settings import Settings
+from stillframe.settings import Settings, make_settings, read_toml
 
 app = typer.Typer(
     help="Keep still what should be still: masked registration of stacks of detector frames.",
@@ -33,10 +32,14 @@ _STOPPED = "Stopped. What is finished is kept: give the same command again to go
 EXIT_PROBLEMS, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 P = ParamSpec("P")
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_stopping = threading.Event()
+"""Set by the first SIGINT or SIGTERM: an exception alone is lost if it is raised within a destructor."""
+
 
 def main() -> None:
     """Run the command line."""
-    logging.lastResort = None  # what libraries say is in the run's log
+    logging.lastResort = None  # warnings of libraries go to the run's log only
     for number in _SIGNALS:
         signal.signal(number, _stop)
     try:
@@ -44,18 +47,13 @@ def main() -> None:
     except SystemExit as end:
         if _stopping.is_set():
             sys.stdout.flush()
-            # Python ends as if by SIGINT where one met an exec() of an import, however well it was handled.
+            # Python would end as if killed by SIGINT if the signal came during an import, even when it was handled.
             os._exit(EXIT_INTERRUPTED if end.code is None else int(end.code))
         raise
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_stopping = threading.Event()
-"""Set by the first Ctrl-C or SIGTERM: an exception alone is lost where it happens to meet a destructor."""
-
-
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    """End as by Ctrl-C, also on a batch system's SIGTERM; the second time at once, since nothing can be lost."""
+    """Raise ``KeyboardInterrupt`` at the first SIGINT or SIGTERM; exit at once at the second, which loses no work."""
     if _stopping.is_set():
         os.write(2, f"{_STOPPED}\n".encode())
         os._exit(EXIT_INTERRUPTED)
@@ -63,114 +61,85 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def told(command: Callable[P, None]) -> Callable[P, None]:
-    """Let a command tell errors and interruptions in words, each with its exit status."""
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Add a command that prints errors and interruptions without a traceback, and exits with a status for each."""
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            function(*args, **kwargs)
         except KeyboardInterrupt:
             for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # all is said and done: another one must not look like a crash
+                signal.signal(number, signal.SIG_IGN)  # a second signal would print a traceback
             err.print(_STOPPED)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
             err.print(f"Error: {error}", markup=False)
             if not _stopping.is_set():
                 raise typer.Exit(EXIT_REFUSED) from error
-            err.print(_STOPPED)  # what breaks while a run is being stopped came of that
+            err.print(_STOPPED)  # the error is a consequence of stopping
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
-    return wrapped
+    return app.command()(wrapped)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Fill the first argument of a command with the settings of a run, made from flags and a file."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [parameter.replace(kind=keyword) for parameter in inspect.signature(function).parameters.values()][1:]
+    kinds = _settings_flags()
+    flags = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in kinds.items()]
 
+    @functools.wraps(function)
+    def wrapped(**values: Any) -> None:
+        own_values = {parameter.name: values.pop(parameter.name) for parameter in own}
+        file = values.pop("settings")
+        given = {name: value for name, value in values.items() if value is not None}
+        function(make_settings((read_toml(file) if file else {}) | given), **own_values)
 
-_FRAMES = Annotated[Path | None, typer.Argument(help="Zarr array or group of the frames.")]
-_OPTIONS: dict[str, tuple[Any, str]] = {
-    "mask": (Path, "Valid pixels: npy, tif, png or Zarr; non-zero = valid."),
-    "out": (Path, "Folder for the results."),
-    "settings": (Path, "TOML file of settings; flags override it."),
-    "reference": (str, 'Frames to average ("0:16", "100"), or a file.'),
-    "reference_iterations": (int, "Rounds of registering and averaging them."),
-    "reference_kind": (str, 'Only frames of this kind, such as "unpumped".'),
-    "max_shift": (int, "Largest shift looked for, pixels."),
-    "overlap_ratio": (float, "Least overlap, part of the largest."),
-    "saturation": (float, "Pixel value at which the detector saturates."),
-    "subpixel": (bool, "Refine to fractions of a pixel (default)."),
-    "weights": (str, "counts (inverse variance) or uniform."),
-    "interpolation": (str, "nearest, linear, cubic or lanczos."),
-    "fill": (float, "Value of pixels nothing was observed for."),
-    "missing_chunks": (str, "report, or fill as Zarr does."),
-    "input_check": (str, "Notice changed input by times, or by contents."),
-    "unit_frames": (int, "Frames of a unit (an output shard)."),
-    "workers": (int, "Local worker processes; 0: work in this one."),
-    "scheduler": (str, "Address or file of a running dask scheduler."),
-    "certificates": (Path, "Folder with ca.pem, cert.pem, key.pem for that scheduler."),
-    "cluster": (str, "local, slurm, pbs, lsf, sge, or a TOML file of jobs."),
-    "align": (bool, "Also align (default), or only register."),
-    "memory": (float, "Memory per worker, GiB."),
-}
-"""Settings of a run as flags: their type, and what they are."""
-
-
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the settings of a run, from flags and from a file, as its first argument."""
-
-    @functools.wraps(command)
-    def wrapped(**flags: Any) -> None:
-        from stillframe.settings import make_settings, read_toml
-
-        own = {name: flags.pop(name) for name in names}
-        file = flags.pop("settings")
-        command(make_settings((read_toml(file) if file else {}) | _given(flags)), **own)
-
-    own = list(inspect.signature(command).parameters.values())[1:]
-    names = [parameter.name for parameter in own]
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in _settings_flags().items()
-    ]
-    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [*parameters, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
-    )
-    wrapped.__annotations__ = _settings_flags() | {parameter.name: parameter.annotation for parameter in own}
+    wrapped.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*flags, *own)}
     return wrapped
 
 
 def _settings_flags() -> dict[str, Any]:
-    flags = {name: Annotated[kind | None, typer.Option(help=text)] for name, (kind, text) in _OPTIONS.items()}
-    return {"frames": _FRAMES, **flags}
+    """Return the type of the flag of each field of the settings, with the docstring of the field as its help."""
+    fields = {name: field for name, field in Settings.model_fields.items() if name not in ("version", "frames")}
+    flags = {name: _flag(field) for name, field in fields.items()}
+    file = Annotated[Path | None, typer.Option(help="TOML file of settings; flags override it.")]
+    frames = Annotated[Path | None, typer.Argument(help=Settings.model_fields["frames"].description)]
+    return {"frames": frames, "mask": flags.pop("mask"), "out": flags.pop("out"), "settings": file, **flags}
 
 
-@app.command()
-@told
+def _flag(field: FieldInfo) -> Any:
+    types = get_args(field.annotation) or (field.annotation,)
+    kind: Any = next((one for one in types if one in (Path, int, float, bool)), str)
+    return Annotated[kind | None, typer.Option(help=" ".join(str(field.description).split()))]
+
+
+@command
 @with_settings
 def run(
-    settings: "Settings",
+    settings: Settings,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Frames are still being written: take them as they come.")
+        bool, typer.Option("--follow", help="Register frames as they come, while they are still being written.")
     ] = False,
-    shard: Annotated[str | None, typer.Option(help="Only this part, such as 3/16; others run beside it.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Do only this part, such as 3/16; other commands do the others.")
+    ] = None,
 ) -> None:
     """Register and align frames; give the same command again to go on after any stop."""
     if shard:
         _run_part(settings, shard, follow)
         return
-    from stillframe.batch import run as run_batch
+    from stillframe.workflow.driver import run as run_batch
 
-    result = run_batch(settings, follow=follow, stop=_stopping)
-    _tell(result)
-    if result.problems:
-        raise typer.Exit(EXIT_PROBLEMS)
+    _report(run_batch(settings, follow=follow, stop=_stopping))
 
 
-def _run_part(settings: "Settings", shard: str, follow: bool) -> None:
-    from stillframe.parts import run_part
-    from stillframe.units import Share
+def _run_part(settings: Settings, shard: str, follow: bool) -> None:
+    from stillframe.partition import Share
+    from stillframe.workflow.parts import run_part
 
     if follow:
         raise ValueError("--follow and --shard do not go together: parts are cut from a stack that is complete.")
@@ -182,23 +151,18 @@ def _run_part(settings: "Settings", shard: str, follow: bool) -> None:
         raise typer.Exit(EXIT_PROBLEMS)
 
 
-@app.command()
-@told
+@command
 def gather(folder: Annotated[Path, typer.Argument(help="Folder of a run in parts.")]) -> None:
-    """Put together what 'run --shard' did, when all parts are done."""
-    from stillframe.parts import gather as gather_parts
+    """Put together the results of 'run --shard', when all parts are done."""
+    from stillframe.workflow.parts import gather as gather_parts
 
-    result = gather_parts(folder, stop=_stopping)
-    _tell(result)
-    if result.problems:
-        raise typer.Exit(EXIT_PROBLEMS)
+    _report(gather_parts(folder, stop=_stopping))
 
 
-@app.command()
-@told
+@command
 def certificates(folder: Annotated[Path, typer.Argument(help="Where ca.pem, cert.pem and key.pem go.")]) -> None:
     """Make certificates for a dask cluster that you start yourself; delete the folder when it ends."""
-    from stillframe.doors import make_keys
+    from stillframe.cluster.security import make_keys
 
     make_keys(folder.expanduser())
     names = f"--tls-ca-file {folder}/ca.pem --tls-cert {folder}/cert.pem --tls-key {folder}/key.pem"
@@ -206,51 +170,55 @@ def certificates(folder: Annotated[Path, typer.Argument(help="Where ca.pem, cert
     out.print(f"stillframe run ... --certificates {folder}", markup=False)
 
 
-@app.command()
-@told
+@command
 @with_settings
 def plan(
-    settings: "Settings",
-    pilot: Annotated[int | None, typer.Option(min=0, help="Units to try; 0: none, and no time is told.")] = None,
+    settings: Settings,
+    pilot: Annotated[
+        int | None, typer.Option(min=0, help="Units to try first; 0: none, and no time is predicted.")
+    ] = None,
 ) -> None:
-    """Tell what a run is going to take, and whether it fits, without touching its folder."""
-    from stillframe.forecast import forecast
-    from stillframe.progress import print_forecast
+    """Predict memory, disk space and time of a run, and whether they suffice, without touching its folder."""
+    from stillframe.console import print_forecast
+    from stillframe.workflow.forecast import forecast
 
     if not print_forecast(forecast(settings, pilot=pilot, stop=_stopping), settings.out, out):
         raise typer.Exit(EXIT_REFUSED)
 
 
-@app.command()
-@told
+@command
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Do again what is broken, and nothing else.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Redo damaged units, and nothing else.")] = False,
 ) -> None:
-    """Compare every byte of a run's folder with what was recorded of it."""
-    from stillframe.batch import run as run_batch
+    """Compare every byte of a run's folder with the recorded checksums."""
     from stillframe.progress import Meter, progress_bar
-    from stillframe.verify import in_words, known_plan
-    from stillframe.verify import repair as repair_folder
-    from stillframe.verify import verify as verify_folder
+    from stillframe.workflow.driver import run as run_batch
+    from stillframe.workflow.ledger import plan_of
+    from stillframe.workflow.run_folder import RunFolder
+    from stillframe.workflow.verify import in_words
+    from stillframe.workflow.verify import repair as repair_folder
+    from stillframe.workflow.verify import verify as verify_folder
 
     with progress_bar() as bar:
-        found = verify_folder(folder, Meter(bar, "verify", known_plan(folder).frames, 0).add)
-    for words in in_words(found.findings):
-        out.print(words, markup=False)
-    if not found.findings:
-        out.print(f"All is well: {found.plan.frames} frames in {len(found.plan.units)} units, {found.files} files.")
+        checked = verify_folder(folder, Meter(bar, "verify", plan_of(RunFolder(folder)).frames, 0).add)
+    for line in in_words(checked.findings):
+        out.print(line, markup=False)
+    if not checked.findings:
+        out.print(
+            f"All is well: {checked.plan.frames} frames in {len(checked.plan.units)} units, {checked.files} files."
+        )
         return
     if not repair:
-        out.print("To do again what is broken, and nothing else: stillframe verify --repair " + str(folder))
+        out.print(f"To redo damaged units, and nothing else: stillframe verify --repair {folder}", markup=False)
         raise typer.Exit(EXIT_PROBLEMS)
-    result = repair_folder(found, lambda settings: run_batch(settings, stop=_stopping))
-    _tell(result)
-    if result.problems or verify_folder(folder).findings:
+    _report(repair_folder(checked, lambda settings: run_batch(settings, stop=_stopping)))
+    if verify_folder(folder).findings:
         raise typer.Exit(EXIT_PROBLEMS)
 
 
-def _tell(result: Any) -> None:
+def _report(result: Any) -> None:
+    """Print the figures and files of a run; exit with ``EXIT_PROBLEMS`` if some input could not be used."""
     out.print(f"{result.frames} frames, {result.good} with a shift and no flag.")
     out.print(f"shifts   {result.shifts}")
     if result.aligned.exists():
@@ -260,20 +228,20 @@ def _tell(result: Any) -> None:
         err.print(
             f"{len(result.problems)} problems; the frames concerned are flagged. Mend them and give the same command."
         )
-
-
-@app.command()
-@told
-def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Tell how far a run is, from any shell, at any moment."""
-    from stillframe.progress import print_status
-
-    if not print_status(folder, out):
         raise typer.Exit(EXIT_PROBLEMS)
 
 
-@app.command()
-@told
+@command
+def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Print how far a run is; works in any shell and at any time."""
+    from stillframe.console import print_status
+    from stillframe.workflow.status import read_status
+
+    if not print_status(read_status(folder), out):
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@command
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where frames.zarr and mask.npy go.")],
     frames: Annotated[int, typer.Option(min=1, help="Number of frames.")] = 200,
@@ -283,24 +251,23 @@ def simulate(
     dose: Annotated[float, typer.Option(help="Counts per pixel on the brightest ring or spot.")] = 50.0,
     max_drift: Annotated[float, typer.Option(min=0, help="Largest true shift, pixels.")] = 8.0,
     jumps: Annotated[int, typer.Option(min=0, help="Sudden jumps within the run.")] = 2,
-    decay: Annotated[float, typer.Option(min=0, max=1, help="Part of the intensity lost by the end.")] = 0.3,
-    dark_every: Annotated[int, typer.Option(min=0, help="Every n-th frame sees no beam; 0: none.")] = 50,
+    decay: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the intensity lost by the end.")] = 0.3,
+    dark_every: Annotated[int, typer.Option(min=0, help="Every n-th frame has no beam; 0: none.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
 ) -> None:
     """Write a simulated experiment with known drift."""
-    given = {name: value for name, value in locals().items() if name not in ("folder", "height", "width")}
+    options = {name: value for name, value in locals().items() if name not in ("folder", "height", "width")}
     from stillframe.progress import Meter, progress_bar
-    from stillframe.scene import Experiment
-    from stillframe.simulate import simulate as write
+    from stillframe.simulation.experiment import Experiment
+    from stillframe.simulation.write import simulate as write
 
     with progress_bar() as bar:
-        experiment = Experiment(shape=(height, width), **given)
+        experiment = Experiment(shape=(height, width), **options)
         store, mask = write(experiment, folder, on_unit=Meter(bar, "simulate", frames, 0).add)
     out.print(f"{store}\n{mask}\nNext: stillframe run {store} --mask {mask} --out {folder / 'run'}")
 
 
-@app.command()
-@told
+@command
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demonstration goes.")] = Path("stillframe-demo"),
 ) -> None:
@@ -310,33 +277,44 @@ def demo(
     demonstrate(folder, out)
 
 
-@app.command()
-@told
+@command
 def selftest(
     frames: Annotated[Path, typer.Argument(help="Zarr array or group of the frames.")],
     mask: Annotated[Path | None, typer.Option(help="Valid pixels: npy, tif, png or Zarr; non-zero = valid.")] = None,
+    dark: Annotated[Path | None, typer.Option(help="Image without beam, subtracted from every frame.")] = None,
+    flat: Annotated[Path | None, typer.Option(help="Response of the pixels, by which frames are divided.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help='Frames whose content is moved ("0:16", "0"), or a file.')
+        str | None, typer.Option(help='Frames whose content is moved ("0:16", "0"), or an image.')
     ] = None,
-    max_shift: Annotated[int, typer.Option(min=2, help="Largest shift looked for, pixels.")] = 32,
-    count: Annotated[int, typer.Option(min=10, help="How many frames to make.")] = 100,
+    max_shift: Annotated[int, typer.Option(min=2, help="Largest shift searched, pixels.")] = 32,
+    count: Annotated[int, typer.Option(min=10, help="Number of frames to make.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
     save: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path("selftest.json"),
 ) -> None:
-    """Move the content of your own frames by known sub-pixel amounts, and tell what is found."""
-    from stillframe.frames import open_source
-    from stillframe.prepare import prepare_reference, single_frame_noise
-    from stillframe.progress import print_selftest
-    from stillframe.selftest import selftest as test
-    from stillframe.settings import make_settings
+    """Move the content of your own frames by known sub-pixel amounts, and compare the measured shifts with them."""
+    from stillframe.console import print_selftest
+    from stillframe.simulation.selftest import selftest as test
+    from stillframe.storage.frames import open_source
+    from stillframe.workflow.run_reference import prepare_reference, single_frames
 
     if not save.parent.is_dir():
         raise FileNotFoundError(f"{save.parent} is no folder, so {save.name} cannot be written there. Make it first.")
-    given = {"frames": frames, "mask": mask, "reference": reference, "max_shift": max_shift, "out": save.parent}
-    settings = make_settings(_given(given))
+    settings = make_settings(
+        {
+            "frames": frames,
+            "mask": mask,
+            "dark": dark,
+            "flat": flat,
+            "reference": reference,
+            "max_shift": max_shift,
+            "out": save.parent,
+        }
+    )
     source = open_source(settings.frames)
-    known, _ = prepare_reference(settings, source)
-    report = test(known, single_frame_noise(source, known), frames=count, seed=seed)
+    prepared, _ = prepare_reference(settings, source)
+    noise, fixed = single_frames(source, prepared)
+    iterations = settings.reference_iterations
+    report = test(prepared, noise, fixed=fixed, iterations=iterations, frames=count, seed=seed)
     save.write_text(report.model_dump_json(indent=2))
     print_selftest(report, out)
     out.print(f"figures  {save}")

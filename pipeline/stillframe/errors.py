@@ -1,14 +1,16 @@
-"""Errors that callers may want to tell apart; everything else is a built-in one."""
+"""Exceptions that callers may want to distinguish; all others are built-in ones."""
 
 import errno
 
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_SPACE_OR_PERMISSION = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 GONE = {errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENODEV}
-"""What a file system says that is not there any more."""
+"""Values of ``errno`` that mean that a whole file system cannot be reached any more."""
 
 
 def hopeless(error: BaseException) -> bool:
-    """Tell whether every further unit would meet the same: no space, no permission, no input, another driver.
+    """Return True for errors that would hit every other unit as well.
+
+    Those are: disk full, no permission, input or output gone, lease lost.
 
     Examples
     --------
@@ -17,28 +19,28 @@ def hopeless(error: BaseException) -> bool:
     """
     if isinstance(error, (InputLost, OutputLost, LeaseError)):
         return True
-    return isinstance(error, OSError) and error.errno in _HOPELESS | GONE
+    return isinstance(error, OSError) and error.errno in _NO_SPACE_OR_PERMISSION | GONE
 
 
 class LeaseError(RuntimeError):
-    """Another driver works on this output."""
+    """Another driver holds the lease of the output folder."""
 
 
-class NewerVersion(ValueError):
-    """A newer version of this package wrote it."""
+class OtherVersion(ValueError):
+    """Another version of this package wrote a file, in a format that this version cannot read."""
 
 
 class RunStopped(RuntimeError):
-    """The run cannot go on now; what is finished is kept."""
+    """The run cannot go on now; finished units are kept."""
 
 
 class WorkerUnfit(RunStopped):
-    """A worker lacks what a run needs: the same packages, the same folders, a clock that is right."""
+    """A worker lacks what a run needs: equal package versions, the folders of the run, a correct clock."""
 
 
 class InputLost(OSError):
-    """The frames vanished as a whole while they were being read."""
+    """The array of frames as a whole vanished while it was being read."""
 
 
 class OutputLost(OSError):
-    """The folder of the results vanished while it was being written."""
+    """The output folder vanished while results were being written."""

@@ -1,11 +1,12 @@
-"""Frames, shifts and aligned frames as lazy xarray objects: the only module that builds dask graphs.
+"""Frames, shifts and aligned frames as lazy xarray objects; the only module that builds dask graphs.
 
-Building reads metadata and coordinates, never a pixel. The kernel enters by ``map_blocks``, one call a block of
-whole frames; the reference enters as one node of the graph (or, once stored, as a path and a hash), so that it is
-sent to a worker once and not with every block.
+Building a graph reads metadata and coordinates, never a pixel. ``map_blocks`` calls the kernel once for each block of
+whole frames. The reference is one node of the graph (or, once stored, a path and a hash), so that it is sent once to
+each worker and not with every block.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,27 @@ import xarray as xr
 from dask.base import tokenize
 from dask.delayed import delayed
 
-from stillframe.average import frames_of_kind
-from stillframe.checks import as_mask, require_real
-from stillframe.durable import fingerprint
-from stillframe.frames import FrameSource, MissingChunks, frame_coordinates, open_source
-from stillframe.iterate import build_reference
-from stillframe.match import MATCH_DTYPE, Matches, match_frames
-from stillframe.reference import Reference
-from stillframe.resample import Interpolation, check_fill, check_interpolation, output_dtype, resample_frames
-from stillframe.store import ReferenceFile, aligned_encoding, shifts_dataset
-from stillframe.template import Weights
-from stillframe.units import TARGET_BYTES, frame_range, make_plan
+from stillframe.images.arrays import as_mask, require_real
+from stillframe.images.resample import check_interpolation, resample_frames
+from stillframe.options import Interpolation, MissingChunks
+from stillframe.partition import TARGET_BYTES, make_plan
+from stillframe.registration.build_reference import build_reference
+from stillframe.registration.match import match_frames
+from stillframe.registration.matches import MATCH_DTYPE, Matches
+from stillframe.registration.reference import Reference
+from stillframe.registration.reference_frames import BATCH, Read, frames_of_kind
+from stillframe.storage.aligned_store import AlignedLayout
+from stillframe.storage.checksums import fingerprint
+from stillframe.storage.coordinates import frame_coordinates
+from stillframe.storage.frames import open_source
+from stillframe.storage.reference_store import ReferenceFile
+from stillframe.storage.shifts_store import shifts_dataset
+from stillframe.wording import frame_range
 
 __all__ = ["align", "make_reference", "open_frames", "register"]
 
-_ROOMY = 2**50
-"""A memory budget that never decides."""
+_UNLIMITED = 2**50
+"""Memory of a worker, bytes, where memory must not decide how a stack is cut."""
 
 
 def open_frames(
@@ -42,11 +48,11 @@ def open_frames(
     Parameters
     ----------
     path : str or Path
-        A Zarr array (frame, y, x), v2 or v3, or a group with one: "frames", or the only stack in it.
+        A Zarr array (frame, y, x), v2 or v3, or a group with an array "frames" or with only one stack.
     chunk_frames : int, optional
         Frames of a block; by default those of a unit, as a run would cut the stack.
     missing_chunks : {"report", "fill"}
-        A chunk without a file is an error when it is read, or the array's fill value, as Zarr has it.
+        Whether reading a chunk without a file raises an error, or gives the array's fill value.
 
     Returns
     -------
@@ -56,7 +62,7 @@ def open_frames(
     Raises
     ------
     FileNotFoundError, TypeError, ValueError
-        Nothing there, no real pixels, or no single stack (frame, y, x).
+        The path does not exist, pixels are not real numbers, or there is no stack (frame, y, x), or several.
 
     Examples
     --------
@@ -67,28 +73,13 @@ def open_frames(
     10
     """
     source = open_source(path, missing_chunks=missing_chunks)
-    return _lazy_frames(source, chunk_frames or default_unit_frames(source))
-
-
-def _lazy_frames(source: FrameSource, size: int) -> xr.DataArray:
-    """Label a stack of frames, in blocks of some frames each."""
-    key = {"path": source.path, "metadata": source.description(), "chunk": size}
-    name = f"frames-{fingerprint(key)}"
-    data = da.from_array(
-        source, chunks=(size, -1, -1), name=name, asarray=False, meta=np.empty((0, 0, 0), source.dtype)
-    )
-    return xr.DataArray(
-        data,
-        dims=("frame", "y", "x"),
-        coords=frame_coordinates(source).variables,
-        name="frames",
-        attrs={"long_name": "detector frames", "units": "count"},
-    )
-
-
-def default_unit_frames(source: FrameSource) -> int:
-    """Return the frames of a unit when memory does not decide."""
-    return make_plan(source.layout, budget=_ROOMY, output_itemsize=source.dtype.itemsize, max_shift=0).unit_frames
+    plan = make_plan(source.layout, budget=_UNLIMITED, output_itemsize=source.dtype.itemsize, max_shift=0)
+    size = chunk_frames or plan.unit_frames
+    name = f"frames-{fingerprint({'path': source.path, 'metadata': source.stored_metadata(), 'chunk': size})}"
+    meta = np.empty((0, 0, 0), source.dtype)
+    data = da.from_array(source, chunks=(size, -1, -1), name=name, asarray=False, meta=meta)
+    attributes = {"long_name": "detector frames", "units": "count"}
+    return xr.DataArray(data, frame_coordinates(source).variables, ("frame", "y", "x"), "frames", attributes)
 
 
 def make_reference(
@@ -96,31 +87,35 @@ def make_reference(
     mask: npt.ArrayLike | None = None,
     *,
     use: int | slice | None = None,
-    iterations: int = 0,
+    iterations: int = 3,
     kind: str | None = None,
     max_shift: int = 32,
     overlap_ratio: float = 0.3,
     saturation: float | None = None,
-    weights: Weights = "counts",
+    dark: npt.ArrayLike | None = None,
+    flat: npt.ArrayLike | None = None,
 ) -> Reference:
-    """Make the image that frames are laid on; reads only the frames it uses, at once.
+    """Make the reference, the image that all frames are shifted to match; reads the frames that it needs at once.
 
     Parameters
     ----------
     frames : DataArray or array_like
-        A stack (frame, y, x), lazy or not; or an image (y, x) of any origin, which is taken as it is.
+        A stack (frame, y, x) as recorded, lazy or not; or an image (y, x) of any origin, which becomes the reference
+        unchanged: with ``dark`` or ``flat`` it must be corrected already.
     mask : array_like of bool, shape (y, x), optional
         True = valid.
     use : int or slice, optional
-        One frame, or frames to average; dark, corrupt and saturated ones are left out of an average. By default the
-        first 16, or as many as there are.
+        One frame, or frames to average; dark, corrupt and saturated frames are left out of an average. By default
+        16 usable frames that are spread over the stack, or all frames of a shorter one: what stays where it is on the
+        detector is smeared out of their aligned mean.
     iterations : int
-        How often to register those frames, average them where the reference is, and take that mean as the
-        reference, at most; it ends when the reference stops moving. Frames without a shift never enter, nor do
-        pixels that no noise explains.
+        Largest number of rounds. Each round registers those frames and takes the mean of the aligned frames as the
+        new reference; rounds end when the reference stops moving. Frames without a shift are left out, and so are
+        pixels that differ by more than noise can. With 0 the reference is the plain mean, by default of 16 neighbours
+        in the middle of the stack, smeared by their drift.
     kind : str, optional
-        Use only frames of which the coordinate ``kind`` says this, such as "unpumped"; a slice counts those.
-    max_shift, overlap_ratio, saturation, weights
+        Use only frames whose coordinate ``kind`` has this value, such as "unpumped"; ``use`` then counts only those.
+    max_shift, overlap_ratio, saturation, dark, flat
         See :class:`~stillframe.Reference`.
 
     Returns
@@ -130,52 +125,71 @@ def make_reference(
     Raises
     ------
     ValueError
-        Fewer frames than asked for, none of them usable, no frame of that kind, or what
-        :class:`~stillframe.Reference` refuses.
+        There are fewer frames than ``use`` asks for, none is usable or of that kind, an unsigned subtraction wrapped
+        around in them, or :class:`~stillframe.Reference` refuses the image.
 
     Examples
     --------
     >>> import numpy as np
     >>> frames = np.random.default_rng(0).poisson(9.0, size=(20, 32, 32))
-    >>> make_reference(frames, use=slice(4), max_shift=8).image.dtype
+    >>> make_reference(frames, use=slice(4), iterations=0, max_shift=8).image.dtype
     dtype('float32')
     """
     stack: Any = frames if hasattr(frames, "ndim") else np.asarray(frames)
-
-    options: dict[str, Any] = {"max_shift": max_shift, "overlap_ratio": overlap_ratio, "saturation": saturation}
-    options["weights"] = weights
-    if stack.ndim == 2 and kind is not None:
-        raise ValueError(
-            f"frames of the kind {kind!r} were asked for, but one image was given. Give the stack, or no kind."
-        )
+    options: dict[str, Any] = {
+        "max_shift": max_shift,
+        "overlap_ratio": overlap_ratio,
+        "saturation": saturation,
+        "dark": dark,
+        "flat": flat,
+    }
     if stack.ndim == 2:
+        if kind is not None:
+            raise ValueError(
+                f"frames of the kind {kind!r} were asked for, but one image was given. Give the stack, or no kind."
+            )
         return Reference(np.asarray(stack), as_mask(mask, stack.shape), **options)
 
-    def read(indices: Sequence[int]) -> npt.NDArray[Any]:
-        return np.asarray(stack[list(indices)])
-
+    read = _remembering(lambda indices: np.asarray(stack[list(indices)]))
     kinds = stack["kind"].values if kind is not None and "kind" in getattr(stack, "coords", ()) else None
     indices = frames_of_kind(kind, kinds, stack.shape[0])
     return build_reference(read, indices, as_mask(mask, stack.shape[1:]), use=use, iterations=iterations, **options)
 
 
+def _remembering(read: Read) -> Read:
+    """Return a reader that keeps the last 16 frames in memory: each may lie in a chunk of many frames of its own."""
+    kept: dict[int, npt.NDArray[Any]] = {}
+
+    def remembering(indices: Sequence[int]) -> npt.NDArray[Any]:
+        missing = [index for index in indices if index not in kept]
+        new = dict(zip(missing, read(missing), strict=True)) if missing else {}
+        frames = np.stack([new[index] if index in new else kept[index] for index in indices])
+        for index in missing:
+            kept[index] = new[index]
+            if len(kept) > BATCH:
+                del kept[next(iter(kept))]
+        return frames
+
+    return remembering
+
+
 def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.Dataset:
-    """Register every frame, lazily.
+    """Find the shift of every frame, lazily.
 
     Parameters
     ----------
     frames : DataArray, dims (frame, y, x)
         As from :func:`open_frames`; blocks that split a frame are joined first.
     reference : Reference or ReferenceFile
-        What to lay them on. On a cluster, large references are best stored first
-        (:func:`~stillframe.save_reference`), where every worker can read them.
+        The image to match. For a cluster, store large references first (:func:`~stillframe.save_reference`), where
+        every worker can read them.
 
     Returns
     -------
     Dataset, dims (frame, axis)
         ``shift``, ``sigma`` (frame, axis), ``covariance``, ``score``, ``second_score``, ``overlap``,
         ``intensity``, ``flag`` (frame), the coordinates of the frames, ``reference`` and ``mask`` (y, x).
-        Units and meanings are in the attributes. Compute it whole: one pass gives all variables.
+        The attributes state units and meanings. Compute the whole dataset at once: one pass gives all variables.
 
     Raises
     ------
@@ -192,102 +206,98 @@ def register(frames: xr.DataArray, reference: Reference | ReferenceFile) -> xr.D
            [-2.,  0.]])
     """
     data = _whole_frames(frames).data
-    known = reference.load() if isinstance(reference, ReferenceFile) else reference
-    if data.shape[1:] != known.shape:
+    loaded = _loaded(reference)
+    if data.shape[1:] != loaded.shape:
         raise ValueError(
-            f"the frames have shape {data.shape[1:]} but the reference has {known.shape}: they must come from the same "
-            "detector. Crop or bin both alike."
+            f"the frames have shape {data.shape[1:]} but the reference has {loaded.shape}: they must come from the "
+            "same detector. Crop or bin both alike."
         )
     matches = da.map_blocks(
         _match_block,
         data,
-        reference=_node(reference),
+        reference=delayed(reference, pure=True, traverse=False),  # one node, whatever the number of blocks
         dtype=MATCH_DTYPE,
         drop_axis=(1, 2),
         meta=np.empty(0, MATCH_DTYPE),
-        name=f"matches-{tokenize(data.name, known.digest)}",
+        name=f"matches-{tokenize(data.name, loaded.digest)}",
     )
-    return shifts_dataset(matches, _frame_coords(frames), known)
+    return shifts_dataset(matches, _frame_coords(frames), loaded)
 
 
-def _node(reference: Reference | ReferenceFile) -> Any:
-    """One key in the graph, whatever the number of blocks."""
-    return delayed(reference, pure=True, traverse=False)
+def _loaded(reference: Reference | ReferenceFile) -> Reference:
+    return reference.load() if isinstance(reference, ReferenceFile) else reference
 
 
 def _match_block(block: npt.NDArray[Any], *, reference: Reference | ReferenceFile, block_info: Any = None) -> Matches:
-    """Run the kernel on one block, and say which frames if it fails."""
-    known = reference.load() if isinstance(reference, ReferenceFile) else reference
-    return _located(lambda: match_frames(block, known), *block_info[0]["array-location"][0])
+    """Run the kernel on one block."""
+    with _frames_named(*block_info[0]["array-location"][0]):
+        return match_frames(block, _loaded(reference))
 
 
-def _located(work: Callable[[], npt.NDArray[Any]], start: int, stop: int) -> npt.NDArray[Any]:
+@contextlib.contextmanager
+def _frames_named(start: int, stop: int) -> Iterator[None]:
+    """Raise any error again with the frames of the block in its message."""
     try:
-        return work()
+        yield
     except Exception as error:
         raise RuntimeError(f"{frame_range(start, stop)} could not be processed: {error}") from error
 
 
 def _whole_frames(frames: xr.DataArray) -> xr.DataArray:
-    """Return frames in blocks that hold whole frames."""
+    """Return frames with dims (frame, y, x), in blocks of whole frames."""
     if not isinstance(frames, xr.DataArray):
         raise TypeError(
-            f"the frames are a {type(frames).__name__}, but labelled ones are needed. Give those of open_frames, or "
+            f"the frames are a {type(frames).__name__}, but labelled ones are needed. Use open_frames, or "
             'xarray.DataArray(frames, dims=("frame", "y", "x")); match_frames takes bare arrays.'
         )
     if frames.ndim != 3:
         raise ValueError(f"the frames have dims {frames.dims}, but (frame, y, x) is needed. Select or add an axis.")
     require_real(frames.dtype, "the stack of frames")
     named = frames.rename(dict(zip(frames.dims, ("frame", "y", "x"), strict=True)))
-    if named.chunks is None:
-        size = max(1, TARGET_BYTES // max(1, named[:1].nbytes))
-        return named.chunk(frame=size, y=-1, x=-1)
-    return named.chunk(y=-1, x=-1)
+    size = {} if named.chunks else {"frame": max(1, TARGET_BYTES // max(1, named[:1].nbytes))}
+    return named.chunk(size | {"y": -1, "x": -1})
 
 
 def _frame_coords(frames: xr.DataArray) -> xr.Dataset:
+    """Return the coordinates along the axis of frames, which is called frame in the result."""
     dim = frames.dims[0]
     coords = {str(name): coord.variable for name, coord in frames.coords.items() if coord.dims == (dim,)}
     return xr.Dataset(coords=coords).rename({dim: "frame"} if dim != "frame" else {})
 
 
 def align(
-    frames: xr.DataArray,
-    shifts: xr.Dataset,
-    *,
-    interpolation: Interpolation = "nearest",
-    fill: float | None = None,
+    frames: xr.DataArray, shifts: xr.Dataset, *, interpolation: Interpolation = "nearest", fill: float | None = None
 ) -> xr.DataArray:
-    """Lay every frame on the reference, lazily.
+    """Move every frame by its shift onto the reference, lazily.
 
     Parameters
     ----------
     frames : DataArray, dims (frame, y, x)
-        The frames that were registered.
+        The frames that were registered. They are moved as they are: ``dark`` and ``flat`` of the reference are not
+        applied to them.
     shifts : Dataset
-        From :func:`register`, lazy or computed; needs nothing else. ``applied`` is used where it is there,
-        else ``shift``.
+        From :func:`register`, lazy or computed. The variable ``applied`` is used if it exists, else ``shift``.
     interpolation : {"nearest", "linear", "cubic", "lanczos"}
-        "nearest" moves by whole pixels and keeps the dtype and every count; the others hold fractions, of integer
-        frames to 1/16 of a count, and are exact where the shift is whole.
+        "nearest" moves by whole pixels and keeps the dtype and every count. The others give floats, rounded to 1/16
+        of a count for integer frames, and are exact where the shift is whole.
     fill : float, optional
-        Value of pixels nothing was observed for, frames without a shift among them: NaN for floats, 0 for
-        integers by default; stated in the attribute ``fill``.
+        Value of pixels for which nothing was observed, and of all pixels of frames without a shift. By default NaN
+        for floats and 0 for integers; stored in the attribute ``fill``.
 
     Returns
     -------
     DataArray, dims (frame, y, x)
-        Lazy, with the coordinates of the frames. ``to_zarr`` writes the layout of a run's ``aligned.zarr`` when
-        all blocks have the same number of frames, as those of :func:`open_frames` have; after a selection,
-        ``frames.chunk(frame=n)`` makes them so.
+        Lazy, with the coordinates of the frames. ``to_zarr`` writes the layout of a run's ``aligned.zarr`` if all
+        blocks have equally many frames, as from :func:`open_frames`. After a selection, restore that with
+        ``frames.chunk(frame=n)``.
 
     Raises
     ------
     TypeError
-        Frames without labels, or not real.
+        The frames are not a DataArray, or not real.
     ValueError
-        Another number of frames or another shape than the shifts', an unknown interpolation, or a fill value
-        that the dtype cannot hold.
+        Frames and shifts differ in number of frames, shape or coordinates; the interpolation does not exist; or the
+        dtype cannot hold the fill value.
 
     Examples
     --------
@@ -301,41 +311,16 @@ def align(
     check_interpolation(interpolation)
     whole = _whole_frames(frames)
     _check_same(whole, shifts)
-    dtype = output_dtype(whole.dtype, interpolation)
-    value = check_fill(fill, dtype)
-    data = _resampled(whole.data, shifts, interpolation, value, dtype)
-    return _labelled(data, _frame_coords(frames), int(data.chunksize[0]), interpolation, value)
-
-
-def empty_aligned(
-    shifts: xr.Dataset, dtype: np.dtype[Any], unit_frames: int, *, interpolation: Interpolation, fill: float | None
-) -> xr.DataArray:
-    """Return what :func:`align` would, for metadata alone: one task, however long the stack, that refuses to run."""
-    dtype = output_dtype(dtype, interpolation)
-    shape = (shifts.sizes["frame"], *shifts["mask"].shape)
-    nothing = da.from_delayed(delayed(_refuse)(), shape, dtype)
-    shard = min(unit_frames, shape[0])
-    return _labelled(nothing, _frame_coords(shifts["score"]), shard, interpolation, check_fill(fill, dtype))
-
-
-def _refuse() -> None:
-    raise RuntimeError("this stands for aligned frames and holds none. Read aligned.zarr, or call stillframe.align.")
-
-
-def _labelled(
-    data: da.Array, coordinates: xr.Dataset, unit_frames: int, interpolation: Interpolation, fill: float
-) -> xr.DataArray:
-    """Say what aligned frames are and how they were made, for any reader, and how they are stored."""
-    stated = "NaN" if np.isnan(fill) else fill
-    attributes = {"long_name": "frames laid on the reference", "interpolation": interpolation, "fill": stated}
-    aligned = xr.DataArray(data, coordinates.variables, ("frame", "y", "x"), "frames", attributes)
-    aligned.encoding = aligned_encoding(data.shape, unit_frames, fill, data.dtype)
+    layout = AlignedLayout.of(whole.shape, whole.dtype, int(whole.data.chunksize[0]), interpolation, fill)
+    data, coordinates = _resampled(whole.data, shifts, layout), _frame_coords(frames).variables
+    aligned = xr.DataArray(data, coordinates, ("frame", "y", "x"), "frames", layout.attributes)
+    aligned.encoding = layout.encoding | {"write_empty_chunks": True}
     return aligned
 
 
 def _check_same(frames: xr.DataArray, shifts: xr.Dataset) -> None:
-    missing = {"shift", "mask"} - set(shifts)
-    if missing:
+    """Raise ``ValueError`` unless the shifts are those of the frames."""
+    if missing := {"shift", "mask"} - set(shifts):
         raise ValueError(
             f"the shifts lack {', '.join(sorted(missing))}. Give the dataset that register returned, whole."
         )
@@ -352,9 +337,8 @@ def _check_same(frames: xr.DataArray, shifts: xr.Dataset) -> None:
             )
 
 
-def _resampled(
-    data: da.Array, shifts: xr.Dataset, interpolation: Interpolation, fill: float, dtype: np.dtype[Any]
-) -> da.Array:
+def _resampled(data: da.Array, shifts: xr.Dataset, layout: AlignedLayout) -> da.Array:
+    """Return the moved frames. A row of ``moves`` is (y, x, frame): errors name the frame."""
     applied = shifts["applied" if "applied" in shifts else "shift"].transpose("frame", "axis").sel(axis=["y", "x"])
     numbers = da.arange(len(data), chunks=(data.chunks[0],), dtype=np.float64)
     moves = da.concatenate([da.asarray(applied.data), numbers[:, None]], axis=1).rechunk((data.chunks[0], (3,)))
@@ -366,11 +350,11 @@ def _resampled(
         moves,
         "fa",
         mask=delayed(np.packbits)(shifts["mask"].data.astype(np.bool_), pure=True),
-        interpolation=interpolation,
-        fill=fill,
+        interpolation=layout.interpolation,
+        fill=layout.fill,
         concatenate=True,
-        dtype=dtype,
-        meta=np.empty((0, 0, 0), dtype),
+        dtype=layout.dtype,
+        meta=np.empty((0, 0, 0), layout.dtype),
     )
     return aligned
 
@@ -383,11 +367,9 @@ def _resample_block(
     interpolation: Interpolation,
     fill: float,
 ) -> npt.NDArray[Any]:
+    """Resample one block; the mask has one bit per pixel, which keeps the graph small."""
     shape = block.shape[1], block.shape[2]
     valid = np.unpackbits(mask, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
     first = int(moves[0, 2])
-    return _located(
-        lambda: resample_frames(block, moves[:, :2], valid, interpolation=interpolation, fill=fill),
-        first,
-        first + len(block),
-    )
+    with _frames_named(first, first + len(block)):
+        return resample_frames(block, moves[:, :2], valid, interpolation=interpolation, fill=fill)

@@ -1,4 +1,7 @@
-"""What a run is told: one validated model, from flags, a TOML file or Python."""
+"""Settings of a run: one validated model, made from command-line flags, a TOML file or Python.
+
+The docstring of each field is also the help text of its flag.
+"""
 
 import tomllib
 from pathlib import Path
@@ -8,14 +11,13 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
-from stillframe.resample import Interpolation
-from stillframe.template import Weights
+from stillframe.options import InputCheck, Interpolation, MissingChunks, SearchOptions
+from stillframe.versions import SETTINGS_VERSION
+from stillframe.wording import in_words
 
-SETTINGS_VERSION = 1
 
-
-class Settings(pydantic.BaseModel):
-    """Settings of a run; every field but three has a default that suits most data.
+class Settings(SearchOptions):
+    """Settings of a run; every field but ``frames`` and ``out`` has a default that suits most data.
 
     Examples
     --------
@@ -23,76 +25,68 @@ class Settings(pydantic.BaseModel):
     'nearest'
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    version: Literal[1] = 1
-    """Version of this format."""
+    version: Literal[1] = SETTINGS_VERSION
+    """Version of the format of settings."""
     frames: Path
-    """Zarr array (frame, y, x), or a Zarr group with one; read only."""
+    """Zarr array (frame, y, x), or a Zarr group that holds one; only read."""
     out: Path
-    """Folder of the run; made where it is missing."""
+    """Folder of the run; created if it does not exist."""
     mask: Path | None = None
-    """Valid pixels (y, x), non-zero = valid: npy, tif, png or Zarr. Without one every pixel is valid."""
+    """Valid pixels (y, x), non-zero = valid: npy, tif, png or Zarr. By default every pixel is valid."""
+    dark: Path | None = None
+    """Image of the detector without beam (y, x), subtracted from every frame before it is compared: npy, tif, png or
+    Zarr. Aligned frames keep the recorded counts. By default that of a reference.zarr, else none."""
+    flat: Path | None = None
+    """Response of the pixels to equal illumination (y, x), less its dark, in any unit; every frame is divided by it
+    before it is compared: npy, tif, png or Zarr. By default that of a reference.zarr, else none."""
     reference: str | None = None
-    """Frames to average ("0:16", "100"), or the path of an image or of a reference.zarr; by default the first 16
-    frames, or as many as there are."""
+    """Frames to average ("0:16", "100"), or the path of a reference.zarr or of an image (with dark or flat: corrected
+    already). By default 16 usable frames that are spread over the stack."""
     reference_iterations: int = Field(default=3, ge=0)
-    """How often, at most, those frames are registered and averaged where the reference is."""
+    """Largest number of rounds in which the frames of the reference are registered and averaged. With 0 their plain
+    mean is taken, by default of 16 neighbours in the middle of the stack."""
     reference_kind: str | None = None
-    """Average only frames whose coordinate kind says this, such as "unpumped"."""
-    max_shift: int = Field(default=32, ge=0)
-    """Largest shift looked for along either axis, pixels."""
-    overlap_ratio: float = Field(default=0.3, ge=0, le=1)
-    """Least overlap at a shift, as a part of the largest."""
-    saturation: float | None = None
-    """Pixel value at which the detector saturates; the limit of an integer dtype by default."""
-    subpixel: bool = True
-    """Whether shifts are refined to fractions of a pixel, with their errors."""
-    weights: Weights = "counts"
-    """What pixels weigh in the refinement: the inverse variance of counts, or uniform."""
+    """Average only frames whose coordinate kind has this value, such as "unpumped"."""
     interpolation: Interpolation = "nearest"
-    """How frames are moved: nearest (whole pixels, dtype and counts kept), linear, cubic or lanczos."""
+    """How frames are moved: nearest (by whole pixels, keeps dtype and counts), linear, cubic or lanczos."""
     fill: float | None = None
-    """Value of pixels nothing was observed for: NaN for floats, 0 for integers by default."""
-    missing_chunks: Literal["report", "fill"] = "report"
-    """An input chunk without a file is reported and its frames flagged, or read as the input's fill value."""
-    input_check: Literal["times", "contents"] = "times"
-    """How a change of input files is noticed: by names, sizes and times, or by checksums of all they hold, which takes
-    another reading of them."""
-    unit_frames: int | None = Field(default=None, ge=1)
-    """Frames of a unit, that is of an output shard; chosen from memory and input chunks by default."""
-    workers: int | None = Field(default=None, ge=0)
-    """Worker processes; one per core or as many as the cluster's file says by default, 0 to work in this process."""
-    scheduler: str | None = None
-    """Address or scheduler file of a running dask cluster, instead of local workers."""
-    certificates: Path | None = None
-    """Folder with ca.pem, cert.pem and key.pem to connect to that scheduler with; else as dask is configured."""
-    cluster: str | None = None
-    """Where workers are started: local, a batch system (slurm, pbs, lsf, sge), or a TOML file that tells its jobs."""
-    memory: float | None = Field(default=None, gt=0)
-    """Memory per worker, GiB; from the machine or the cluster by default."""
-
+    """Value of pixels for which nothing was observed. By default NaN for floats and 0 for integers."""
+    missing_chunks: MissingChunks = "report"
+    """Meaning of an input chunk without a file: report (its frames are flagged corrupt), or fill (the fill value)."""
+    input_check: InputCheck = "times"
+    """How changed input files are noticed: times (names, sizes and modification times), or contents (checksums, for
+    which all files are read once more)."""
     align: bool = True
-    """Whether frames are aligned, or only registered."""
+    """Align the frames after registering them."""
+    unit_frames: int | None = Field(default=None, ge=1)
+    """Frames of a unit, which one task reads and one shard of the output holds. By default chosen from memory and
+    input chunks."""
+    workers: int | None = Field(default=None, ge=0)
+    """Worker processes; 0 works in this process. By default one per core, or the number in the cluster's file."""
+    memory: float | None = Field(default=None, gt=0)
+    """Memory per worker, GiB. By default that of the machine or of the cluster's file."""
+    cluster: str | None = None
+    """Where workers are started: local, a batch system (slurm, pbs, lsf, sge), or a TOML file that describes jobs."""
+    scheduler: str | None = None
+    """Address or scheduler file of a running dask cluster, used instead of starting workers."""
+    certificates: Path | None = None
+    """Folder with ca.pem, cert.pem and key.pem for that scheduler. By default those of dask's configuration."""
 
-    @pydantic.field_validator("scheduler", "cluster")
+    @pydantic.field_validator("reference", "scheduler", "cluster")
     @classmethod
-    def _absolute_if_plain_file(cls, value: str | None) -> str | None:
-        """A folder may have the name of a batch system."""
-        known = value is not None and Path(value).expanduser().is_file()
-        return str(Path(str(value)).expanduser().absolute()) if known else value
+    def _absolute_if_file(cls, value: str | None, field: pydantic.ValidationInfo) -> str | None:
+        """Make the path of a file absolute, since settings are read again from other folders.
 
-    @pydantic.field_validator("reference")
-    @classmethod
-    def _absolute_if_file(cls, value: str | None) -> str | None:
-        """Settings are read again from other folders."""
-        known = value is not None and Path(value).expanduser().exists()
-        return str(Path(str(value)).expanduser().absolute()) if known else value
+        Only a reference may be a folder: a folder may have the name of a batch system.
+        """
+        path = Path(value or "").expanduser()
+        exists = path.exists() if field.field_name == "reference" else path.is_file()
+        return str(path.absolute()) if value and exists else value
 
-    @pydantic.field_validator("frames", "out", "mask", "certificates")
+    @pydantic.field_validator("frames", "out", "mask", "dark", "flat", "certificates")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        """Workers may run in other folders."""
+        """Make a path absolute, since workers may run in other folders."""
         return None if path is None else path.expanduser().absolute()
 
     @pydantic.model_validator(mode="after")
@@ -101,19 +95,18 @@ class Settings(pydantic.BaseModel):
             raise ValueError("a cluster is to be started and a scheduler to be connected to: give one of them")
         return self
 
+    @property
+    def search(self) -> SearchOptions:
+        """The search options alone, which references hold."""
+        return SearchOptions(**{name: getattr(self, name) for name in SearchOptions.model_fields})
+
     def to_toml(self) -> str:
-        """Return the settings as TOML; what is not set is left out."""
+        """Return the settings as TOML; those that are None are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read settings from a TOML file, unchecked.
-
-    Raises
-    ------
-    ValueError
-        Not TOML.
-    """
+    """Return the settings in a TOML file, without validating them."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -123,12 +116,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def make_settings(values: dict[str, Any]) -> Settings:
-    """Validate settings and tell every mistake in one message.
-
-    Raises
-    ------
-    ValueError
-        Names each field, what was given and what is allowed.
+    """Return validated settings; raise ``ValueError`` with all that are missing, unknown or not allowed.
 
     Examples
     --------
@@ -144,14 +132,3 @@ def make_settings(values: dict[str, Any]) -> Settings:
     except pydantic.ValidationError as error:
         advice = "Correct them in the flags or in the settings file."
         raise ValueError(in_words("the settings cannot be used:", error, advice)) from None
-
-
-def in_words(head: str, error: pydantic.ValidationError, advice: str) -> str:
-    """Return every mistake that was found, a line each."""
-    return "\n".join((head, *(f"  {_say(problem)}" for problem in error.errors()), advice))
-
-
-def _say(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{name}: {message}" if problem["type"] == "missing" else f"{name} = {problem['input']!r}: {message}"

@@ -20,18 +20,24 @@ for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
     os.environ[f"{library}_NUM_THREADS"] = "1"
 
 import numpy as np
+from ecc import Ecc, available
 from rich.console import Console
 from rich.table import Table
 from skimage.registration import phase_cross_correlation
 
 import stillframe
 from stillframe import Reference, make_reference, masked_ncc, match_frames
-from stillframe.scene import Experiment, evaluate
+from stillframe.registration.prepared_reference import prepare
+from stillframe.simulation.experiment import Experiment, evaluate
 
 SEED = 20261122
+ECC_FILTER = 11
+"""Size of OpenCV's Gaussian filter, pixels; the best one for few counts in ``hard_cases.py --rows peers``."""
 DOSES = {("rings", 512): (500, 50, 5, 0.6), ("spots", 512): (2000, 200, 20, 2)}
 DOSES |= {("rings", 2048): (500, 5), ("spots", 2048): (2000, 20)}
-HEADS = "case|px|dose|reference|bound (px)|rms / bound|slope ± se|sd of z|in 1 sigma|failed|parabola|scikit-image"
+HEADS = (
+    "case|px|dose|reference|bound (px)|rms / bound|slope ± se|sd of z|in 1 sigma|failed|parabola|scikit-image|OpenCV"
+)
 
 
 class Draw:
@@ -84,6 +90,13 @@ def scikit_image(reference, frame):
     return np.asarray(shift, dtype=float)
 
 
+def opencv(reference, frame, start):
+    """OpenCV's masked ECC from our shift at whole pixels; NaN without OpenCV 5."""
+    if not available() or not np.isfinite(start).all():
+        return np.array([np.nan, np.nan])
+    return Ecc(reference.image, reference.mask, reference.frame_mask, ECC_FILTER).shift(frame, np.rint(start))
+
+
 def relative_rms(errors, bound):
     errors = errors[np.isfinite(errors).all(axis=1)]
     return np.sqrt(np.mean((errors - errors.mean(axis=0)) ** 2, axis=0)) / bound if len(errors) else np.full(2, np.nan)
@@ -101,7 +114,7 @@ def cell(case):
         reference = make_reference(stack, mask, use=slice(references), iterations=5, max_shift=16)
     else:
         reference = Reference(draw.frame(10_000, (0, 0))[0], mask, max_shift=16)
-    reference.prepare()
+    template = prepare(reference).template
     prepared, spent = time.perf_counter() - began, 0.0
     rows = []
     for index in range(frames):
@@ -110,12 +123,12 @@ def cell(case):
         match = match_frames(frame[None], reference)[0]
         spent += time.perf_counter() - began
         found = np.array([match["dy"], match["dx"]])
-        others = [np.full(2, np.nan)] * 2
+        others = [np.full(2, np.nan)] * 3
         if index < peers:
-            others = [parabola(reference, frame), scikit_image(reference, frame)]
+            others = [parabola(reference, frame), scikit_image(reference, frame), opencv(reference, frame, found)]
         sigma = np.array([match["sigma_y"], match["sigma_x"]])
         rows.append((found - truth, sigma, truth - np.rint(truth), *(other - truth for other in others)))
-    error, sigma, fraction, by_parabola, by_peer = (np.array(column) for column in zip(*rows, strict=True))
+    error, sigma, fraction, by_parabola, by_peer, by_opencv = (np.array(column) for column in zip(*rows, strict=True))
     good = np.isfinite(error[:, 0])
     error, sigma, fraction = error[good], sigma[good], fraction[good]
     deviation = error - error.mean(axis=0)
@@ -139,7 +152,8 @@ def cell(case):
         "failed": int(np.sum(~good)),
         "parabola_over_bound": relative_rms(by_parabola, bound).tolist(),
         "scikit_image_over_bound": relative_rms(by_peer, bound).tolist(),
-        "smoothing": reference.template.smoothing if reference.template else None,
+        "opencv_over_bound": relative_rms(by_opencv, bound).tolist(),
+        "smoothing": template.smoothing if template else None,
         "ms_per_frame": 1e3 * spent / frames,
         "reference_s": prepared,
     }
@@ -173,6 +187,7 @@ def show(results):
             str(one["failed"]),
             pair(one["parabola_over_bound"], "{:.1f}"),
             pair(one["scikit_image_over_bound"], "{:.0f}"),
+            pair(one["opencv_over_bound"], "{:.1f}"),
         )
     Console(width=170).print(table)
     pooled = np.concatenate([np.ravel(one["z"]) for one in results])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stillframe import Flag, make_reference, match_frames
-from stillframe.scene import Experiment, evaluate
+from stillframe.simulation.experiment import Experiment, evaluate
 
 SHAPE = (256, 256)
 

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stillframe.resample import resample_frames
+from stillframe.images.resample import resample_frames
 
 WIDTH = 2.0
 REPEATS = 200

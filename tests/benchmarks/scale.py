@@ -32,13 +32,13 @@ from speed import MAX_SHIFT, Nothing, Stages, best_in_turn, clock, context, link
 
 import stillframe as sf
 from stillframe import Reference, Settings
-from stillframe.clusters import executor
-from stillframe.executors import results
-from stillframe.frames import open_source
-from stillframe.records import Mark
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
-from stillframe.units import Plan
+from stillframe.cluster.connect import executor
+from stillframe.cluster.executors import results
+from stillframe.partition import Plan
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
+from stillframe.storage.frames import open_source
+from stillframe.workflow.staleness import Dependencies
 
 DIFFERENT = 384
 """Frames that are really different."""
@@ -161,7 +161,7 @@ def same(one, other):
 def schedule(store, folder, options):
     """Milliseconds of a task that does nothing, and seconds in which the lazy form of many frames is built."""
     settings = Settings(frames=store, out=folder / "nothing", workers=options.workers)
-    items = [(unit, Mark({"files": "0" * 64})) for unit in Plan(EMPTY_UNITS, 1).units]
+    items = [(unit, Dependencies({"files": "0" * 64})) for unit in Plan(EMPTY_UNITS, 1).units]
     with executor(settings, None, threading.Event()) as cluster:
         list(results(cluster, Nothing(), items[:200]))
         seconds = clock(lambda: list(results(cluster, Nothing(), items)))

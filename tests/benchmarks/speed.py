@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -35,26 +35,32 @@ import numpy as np
 import scipy.fft
 import scipy.ndimage
 import zarr
+from ecc import Ecc, available
 from numcodecs import blosc
 from rich.console import Console
 from rich.table import Table
 from skimage.registration import phase_cross_correlation
 
 from stillframe import Reference, Settings, match_frames
-from stillframe.bins import bin_sums, moved_bins
-from stillframe.clusters import executor
-from stillframe.durable import fingerprint, write_durably
-from stillframe.executors import results, unit_budget
-from stillframe.frames import FrameSource, open_source
-from stillframe.leases import lease
-from stillframe.records import INPUT_FILES, Ledger, Mark, UnitRecord, from_matches
-from stillframe.refine import refine
-from stillframe.resample import resample_frames
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
-from stillframe.store import aligned_encoding, draft_unit, save_reference
-from stillframe.tasks import AlignUnit, BothStages, Job, RegisterUnit
-from stillframe.units import Plan, make_plan, unit_memory
+from stillframe.cluster.connect import executor
+from stillframe.cluster.executors import results, unit_budget
+from stillframe.images.binning import bin_sums, moved_bins
+from stillframe.images.resample import resample_frames
+from stillframe.partition import Plan, make_plan, unit_memory
+from stillframe.registration.prepared_reference import prepare
+from stillframe.registration.refine import refine
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
+from stillframe.storage.aligned_store import AlignedLayout, draft_unit
+from stillframe.storage.checksums import fingerprint
+from stillframe.storage.durable import write_durably
+from stillframe.storage.frames import FrameSource, open_source
+from stillframe.storage.reference_store import save_reference
+from stillframe.workflow.lease import lease
+from stillframe.workflow.ledger import Ledger, UnitRecord, fields_of
+from stillframe.workflow.run_folder import RunFolder
+from stillframe.workflow.staleness import INPUT_FILES, Alignment, Dependencies
+from stillframe.workflow.unit_tasks import AlignUnit, BothStages, Job, RegisterUnit
 
 SIZE, MAX_SHIFT = 2048, 32
 GROWN = 6400
@@ -96,25 +102,37 @@ def itk_registration(fixed, frame, mask):
     return work.Update
 
 
+def opencv(fixed, frame, mask, reference):
+    """Return the time of OpenCV's masked ECC from the whole-pixel shift, seconds; empty without OpenCV 5."""
+    if not available():
+        return {}
+    ecc, match = Ecc(fixed, mask, size=11), match_frames(frame[None], reference)[0]
+    start = round(float(match["dy"])), round(float(match["dx"]))
+    ecc.shift(frame, start)
+    return best_in_turn({"opencv_ecc": lambda: ecc.shift(frame, start)}, 3)
+
+
 def kernel(size, peers):
     """Times of one match of one frame, seconds."""
     experiment = scene(size)
     mask, fixed, frame = experiment.detector.mask, experiment.render(0), experiment.render(30)
     reference = Reference(fixed, mask, max_shift=MAX_SHIFT)
-    whole = replace(reference, subpixel=False)
+    prepared = prepare(reference)
+    surveyed = prepared.survey(frame)
     works = {
         "rfft2": lambda: scipy.fft.rfft2(frame.astype(np.float32)),
         "match": lambda: match_frames(frame[None], reference),
-        "whole_pixels": lambda: match_frames(frame[None], whole),
+        "whole_pixels": lambda: prepared.exact_search.surface(frame, surveyed.statistics),
     }
-    prepared = clock(works["match"])
+    first = clock(lambda: match_frames(frame[None], reference.replace(history="again")))
     works["whole_pixels"]()
-    times = best_in_turn(works, 15) | {"first_match": prepared}
+    times = best_in_turn(works, 15) | {"first_match": first}
     if peers:
         times["scikit_image"] = clock(
             lambda: phase_cross_correlation(fixed, frame, reference_mask=mask, moving_mask=mask, overlap_ratio=0.3)
         )
         times["itk"] = clock(itk_registration(fixed, frame, mask))
+        times |= opencv(fixed, frame, mask, reference)
     found, truth = match_frames(frame[None], reference)[0], experiment.shifts[30] - experiment.shifts[0]
     shifts = {"found": [float(found["dy"]), float(found["dx"])], "true": truth.tolist(), "flag": int(found["flag"])}
     return {"size": size, "seconds": times, **shifts}
@@ -126,12 +144,12 @@ def bins(frames=20):
     for pattern, dose in product(("rings", "spots"), (200, 20, 2)):
         experiment = Experiment(frames=frames + 1, shape=(SIZE, SIZE), pattern=pattern, dose=dose, seed=12)
         mask = experiment.detector.mask
-        reference = Reference(experiment.render(0), mask, max_shift=MAX_SHIFT)
-        settled = Counter()
+        prepared = prepare(Reference(experiment.render(0), mask, max_shift=MAX_SHIFT))
+        sides = Counter()
         for index in range(1, frames + 1):
-            known = reference.survey(experiment.render(index))
-            settled[next((one.factor for one in reference.coarse if one.find(known)), 1)] += 1
-        counts.append({"pattern": pattern, "dose": dose, **{str(factor): settled[factor] for factor in (8, 4, 1)}})
+            surveyed = prepared.survey(experiment.render(index))
+            sides[next((search.side for search in prepared.coarse_searches if search.find(surveyed)), 1)] += 1
+        counts.append({"pattern": pattern, "dose": dose, **{str(side): sides[side] for side in (8, 4, 1)}})
     return counts
 
 
@@ -163,26 +181,31 @@ def each(work, *lists):
 
 def matching(frames, reference):
     """Steps of a match, and passes over the pixels that they cannot do without."""
-    template, steps, mask = reference.template, reference.steps, reference.frame_mask
-    rows, bins = np.arange(-(-len(mask) // template.side)), reference.coarse[0]
-    known = [reference.survey(frame) for frame in frames]
-    peaks = each(reference.find_peak, frames, known)()
+    prepared = prepare(reference)
+    template, fixed, valid = prepared.template, prepared.score_image, prepared.frame_pixels
+    rows, bins = np.arange(-(-len(fixed) // template.side)), prepared.coarse_searches[0]
+    surveyed = [prepared.survey(frame) for frame in frames]
+    peaks = each(prepared.find_peak, frames, surveyed)()
 
     def refined(one, peak):
-        return refine(one.single, one.valid, peak.shift, template, steps, peak.slack, reference.hidden)
+        hidden = prepared.hidden_bins
+        return refine(one.single, one.valid, peak.shift, template, fixed, slack=peak.slack, hidden=hidden)
 
     def pass_over(one, estimate):
-        moved_bins(one.single.values, one.valid, one.single.base, steps, estimate.start, template.side, rows)
+        moved_bins(one.single.values, one.valid, one.single.base, fixed, estimate.start, template.side, rows)
 
-    fine = each(refined, known, peaks)()
+    def score(one, estimate):
+        return prepared.score(estimate.start, one.single, one.statistics, valid, estimate.product)
+
+    estimates = each(refined, surveyed, peaks)()
     return {
-        "survey": each(reference.survey, frames),
-        "pass over frames": each(lambda one: bin_sums(one.single.values, one.valid, one.single.base, 8), known),
-        "whole-pixel peak": each(reference.find_peak, frames, known),
-        "two transforms of bins": each(lambda one: scipy.fft.irfft2(scipy.fft.rfft2(bins._sums(one))), known),
-        "refine": each(refined, known, peaks),
-        "pass over frames and reference": each(pass_over, known, fine),
-        "score": each(lambda one, it: reference.score(it.start, one.single, one.seen, mask, it.product), known, fine),
+        "survey": each(prepared.survey, frames),
+        "pass over frames": each(lambda one: bin_sums(one.single.values, one.valid, one.single.base, 8), surveyed),
+        "whole-pixel peak": each(prepared.find_peak, frames, surveyed),
+        "two transforms of bins": each(lambda one: scipy.fft.irfft2(scipy.fft.rfft2(bins.sums(one))), surveyed),
+        "refine": each(refined, surveyed, peaks),
+        "pass over frames and reference": each(pass_over, surveyed, estimates),
+        "score": each(score, surveyed, estimates),
         "match": lambda: match_frames(frames, reference),
     }
 
@@ -204,10 +227,10 @@ def storing(frames, matches, folder):
     """Steps of reading and writing, and the codec below them."""
     packed = [blosc.compress(frame, b"lz4", 5, blosc.BITSHUFFLE) for frame in frames]
     path = create_store(folder, frames.shape, len(frames), frames.dtype)
-    unit, ledger = Plan(len(frames), len(frames)).units[0], Ledger(folder)
+    unit, ledger = Plan(len(frames), len(frames)).units[0], Ledger(RunFolder(folder))
     drafts = folder / "drafts"
     drafts.mkdir()
-    content, found = draft_unit(path, unit, frames, drafts).file.read_bytes(), from_matches(matches)
+    content, found = draft_unit(path, unit, frames, drafts).file.read_bytes(), fields_of(matches)
     record = UnitRecord(stage="register", unit=0, start=0, stop=len(frames), fingerprint="", matches=found)
     ledger.prepare()
     return {
@@ -250,9 +273,8 @@ FLOORS = {
 def create_store(folder, shape, unit_frames, dtype):
     """Create a store of aligned frames and return its path."""
     path = folder / "aligned.zarr"
-    encoding = aligned_encoding(shape, unit_frames, 0, dtype)
-    encoding["config"] = {"write_empty_chunks": encoding.pop("write_empty_chunks")}
-    zarr.create_array(path / "frames", shape=shape, dtype=dtype, overwrite=True, **encoding)
+    shutil.rmtree(path, ignore_errors=True)
+    AlignedLayout(shape, np.dtype(dtype), unit_frames, "nearest", 0.0).create(path, [])
     return path
 
 
@@ -307,7 +329,7 @@ class Stages:
     def mark(self, unit):
         """What a unit is known by; different each time, so that nothing counts as finished."""
         files = self.source.identity(unit.start, unit.stop)
-        return Mark({INPUT_FILES: fingerprint({"files": files}), "time": repr(time.perf_counter())})
+        return Dependencies({INPUT_FILES: fingerprint({"files": files}), "time": repr(time.perf_counter())})
 
     def all(self, work, items=None):
         for _, outcome in results(self.workers, work, items or self.items):
@@ -317,7 +339,7 @@ class Stages:
     def make(self, name, dtype):
         create_store(self.folder / name, self.source.shape, self.plan.unit_frames, np.dtype(dtype))
         (self.folder / name / "drafts").mkdir(exist_ok=True)
-        Ledger(self.folder / name).prepare()
+        Ledger(RunFolder(self.folder / name)).prepare()
         return self.folder / name
 
     def read(self):
@@ -332,12 +354,12 @@ class Stages:
 
     def both(self, interpolation, dtype):
         with self.driven(self.make("run", dtype)) as job:
-            work = BothStages(RegisterUnit(job), AlignUnit(job, interpolation, 0.0, self.plan.unit_frames))
+            work = BothStages(RegisterUnit(job), AlignUnit(job, Alignment(interpolation, 0.0, self.plan.unit_frames)))
             self.all(work, [(unit, self.mark(unit)) for unit in self.plan.units])
 
     @contextlib.contextmanager
     def driven(self, folder):
-        with lease(folder) as held:
+        with lease(RunFolder(folder)) as held:
             held.drafts.mkdir(parents=True)
             yield Job(self.source, self.stored, held.claim())
             shutil.rmtree(held.drafts.parent)

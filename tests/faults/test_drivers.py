@@ -23,28 +23,28 @@ from faulty import (
     wait_for,
     wait_for_work,
 )
-from stillframe.durable import fingerprint
 from stillframe.errors import LeaseError
-from stillframe.frames import open_source
-from stillframe.leases import Claim, Holder, lease
-from stillframe.records import INPUT_FILES, Ledger, Mark
-from stillframe.store import load_reference, save_reference
-from stillframe.tasks import AlignUnit, BothStages, Job, RegisterUnit
-from stillframe.units import Unit
-from stillframe.verify import verify
+from stillframe.partition import Unit
+from stillframe.storage.checksums import fingerprint
+from stillframe.storage.frames import open_source
+from stillframe.storage.reference_store import load_reference, save_reference
+from stillframe.workflow.lease import Claim, Holder, lease
+from stillframe.workflow.ledger import Ledger
+from stillframe.workflow.run_folder import RunFolder
+from stillframe.workflow.staleness import INPUT_FILES, Alignment, Dependencies
+from stillframe.workflow.unit_tasks import AlignUnit, BothStages, Job, RegisterUnit
+from stillframe.workflow.verify import verify
 
-
-@pytest.fixture(scope="module")
-def undisturbed(stored, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(stored, out)
-    return out
+SPARE = 20
+"""Further tries, while what depends on a moment chosen by chance has not yet happened."""
 
 
 def test_drivers_that_start_at_once(stored, undisturbed, tmp_path, many, tried):
     """One works; the others are told its name, or come when it is done and find everything done."""
     refused = 0
-    for number in range(many(3, 50)):
+    for number in range(many(3, 50) + SPARE):
+        if number >= many(3, 50) and refused:
+            break
         out = tmp_path / str(number)
         got = racers.spawn(3, racers.drive, settings(stored, out))
         words = [answer for answer in got if isinstance(answer, str)]
@@ -79,11 +79,13 @@ def take_over(stored, out):
 def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp_path, many, tried, monkeypatch):
     """It is silent for so long that a driver on another machine takes over, with other settings; then it goes on."""
     monkeypatch.setenv("PYTHONPATH", str(Path(racers.__file__).parent))
-    monkeypatch.setattr("stillframe.leases.STALE", 2.0)
-    monkeypatch.setattr("stillframe.leases.PATIENCE", 5.0)
+    monkeypatch.setattr("stillframe.workflow.lease.STALE", 2.0)
+    monkeypatch.setattr("stillframe.workflow.lease.PATIENCE", 5.0)
     finish(stored, tmp_path / "fresh", max_shift=10, interpolation="linear")
     chance, taken_over = chances(workers), 0
-    for number in range(many(2, 25)):
+    for number in range(many(2, 25) + SPARE):
+        if number >= many(2, 25) and taken_over:
+            break
         out = tmp_path / str(number)
         old = Started(elsewhere(run_command(stored, out, "--workers", workers)))
         wait_for_work(old, out, chance, 8)
@@ -112,9 +114,9 @@ def test_a_paused_driver_that_wakes_up_after_being_replaced(workers, stored, tmp
 def test_a_worker_of_a_replaced_run_cannot_put_its_result_over_a_newer_one(
     moment, stored, undisturbed, tmp_path, monkeypatch, tried
 ):
-    import stillframe.tasks
+    import stillframe.workflow.unit_tasks
 
-    out, draft = tmp_path / "run", stillframe.tasks.draft_unit
+    out, draft = tmp_path / "run", stillframe.workflow.unit_tasks.draft_unit
     shutil.copytree(undisturbed, out)
     before, bytes_before = records(out), stores(out)
 
@@ -126,13 +128,13 @@ def test_a_worker_of_a_replaced_run_cannot_put_its_result_over_a_newer_one(
         taken_over()
         return made
 
-    with lease(out) as held:
+    with lease(RunFolder(out)) as held:
         held.drafts.mkdir(parents=True)
         work, unit, mark = job_of(stored, out, held.token)
         if moment == "before it registers":
             taken_over()
         else:
-            monkeypatch.setattr(stillframe.tasks, "draft_unit", late)
+            monkeypatch.setattr(stillframe.workflow.unit_tasks, "draft_unit", late)
         with pytest.raises(LeaseError, match="another driver took over"):
             work((unit, mark))
         assert not list(held.drafts.iterdir())
@@ -148,11 +150,11 @@ def job_of(stored, out, token):
     source = open_source(stored[0])
     other = load_reference(out / "reference.zarr")
     file = save_reference(other, out.parent / f"{token}.zarr")
-    job = Job(source, file, Claim(out, token))
+    job = Job(source, file, Claim(RunFolder(out), token))
     unit = Unit(1, 4, 8)
     files = source.identity(unit.start, unit.stop)
     facts = {INPUT_FILES: fingerprint({"files": files}), "kernel version": token}
-    return BothStages(RegisterUnit(job), AlignUnit(job, "linear", 0.0, 4)), unit, Mark(facts)
+    return BothStages(RegisterUnit(job), AlignUnit(job, Alignment("linear", 0.0, 4))), unit, Dependencies(facts)
 
 
 def test_a_task_that_runs_twice_at_once(client, stored, undisturbed, tmp_path, many, tried):
@@ -160,19 +162,22 @@ def test_a_task_that_runs_twice_at_once(client, stored, undisturbed, tmp_path, m
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     shards = {path: path.read_bytes() for path in out.glob("aligned.zarr/frames/c/*/*/*")}
-    with lease(out) as held:
+    with lease(RunFolder(out)) as held:
         held.drafts.mkdir(parents=True)
         work, unit, mark = job_of(stored, out, held.token)
-        work = BothStages(work.register, AlignUnit(work.align.job, "nearest", 0.0, 4))
+        work = BothStages(work.register, AlignUnit(work.align.job, Alignment("nearest", 0.0, 4)))
         for _ in range(many(10, 50)):
             for stage in ("register", "align"):
-                Ledger(out).withdraw(stage, unit.number)
+                Ledger(RunFolder(out)).withdraw(stage, unit.number)
             workers = list(client.nthreads())
             futures = [client.submit(work, (unit, mark), pure=False, workers=[worker]) for worker in workers]
             got = client.gather(futures)
-            assert len({record.model_copy(update={"seconds": 0}).model_dump_json() for record in got}) == 1
+            assert (
+                len({tuple(one.model_copy(update={"seconds": 0}).model_dump_json() for one in each) for each in got})
+                == 1
+            )
             assert {path: path.read_bytes() for path in shards} == shards
-            record = Ledger(out).read("align", unit.number)
+            record = Ledger(RunFolder(out)).read("align", unit.number)
             assert record.files["aligned.zarr/frames/c/1/0/0"].size == len(shards[out / "aligned.zarr/frames/c/1/0/0"])
             assert not list(held.drafts.iterdir())
             tried("a task twice at once on two workers")
@@ -182,7 +187,7 @@ def test_a_result_that_is_there_is_not_made_again(stored, undisturbed, tmp_path)
     """As when a worker died after its unit was done, and before it could say so."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    with lease(out) as held:
+    with lease(RunFolder(out)) as held:
         held.drafts.mkdir(parents=True)
         work, unit, mark = job_of(stored, out, held.token)
         first = work((unit, mark))

@@ -6,24 +6,24 @@ import warnings
 from datetime import timedelta
 
 import numpy as np
-import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from faulty import LONG, finish
 from faulty import settings as settings_of
-from stillframe.frames import frame_coordinates, load_image, load_mask, open_source
-from stillframe.leases import read_leases
-from stillframe.origin import read_origin
-from stillframe.plans import read_plan, read_seals
-from stillframe.prepare import check_folder
-from stillframe.progress import read_status
-from stillframe.records import Ledger, UnitRecord
+from stillframe.partition import Unit
 from stillframe.settings import Settings, make_settings, read_toml
-from stillframe.store import load_reference
-from stillframe.units import Unit
-from stillframe.verify import verify
+from stillframe.storage.coordinates import frame_coordinates
+from stillframe.storage.frames import open_source
+from stillframe.storage.pictures import load_image, load_mask
+from stillframe.storage.reference_store import load_reference
+from stillframe.workflow.begin import check_folder
+from stillframe.workflow.lease import read_leases
+from stillframe.workflow.ledger import Ledger, UnitRecord, known_plan
+from stillframe.workflow.run_folder import Manifest, RunDescription, RunFolder
+from stillframe.workflow.status import read_status
+from stillframe.workflow.verify import verify
 from synthetic import store_frames
 
 EXPECTED = (ValueError, TypeError, OSError)
@@ -91,13 +91,6 @@ def in_words(error, *culprits):
     assert not culprits or any(culprit in str(error) for culprit in culprits), repr(error)
 
 
-@pytest.fixture(scope="module")
-def whole(stored, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    finish(stored, out)
-    return out
-
-
 @fuzz(1200, 4000)
 @given(data=st.dictionaries(st.sampled_from([*Settings.model_fields, "novelty"]), values, max_size=6))
 def test_settings(data, tried):
@@ -112,10 +105,10 @@ def test_settings(data, tried):
 
 @fuzz(600, 2000)
 @given(data=st.data())
-def test_settings_files(data, whole, tmp_path, tried):
+def test_settings_files(data, undisturbed, tmp_path, tried):
     tried("fuzzed settings files")
     file = tmp_path / "settings.toml"
-    file.write_bytes(data.draw(spoiled((whole / "settings.toml").read_bytes())))
+    file.write_bytes(data.draw(spoiled((undisturbed / "settings.toml").read_bytes())))
     try:
         make_settings(read_toml(file))
     except EXPECTED as error:
@@ -123,61 +116,62 @@ def test_settings_files(data, whole, tmp_path, tried):
 
 
 @fuzz(1200, 4000)
-@given(data=st.data(), old=st.booleans())
-def test_records(data, old, whole, tmp_path, tried):
-    """Damaged ones are none; of the first format, which has no checksum, only sensible ones are read."""
+@given(data=st.data())
+def test_records(data, undisturbed, tmp_path, tried):
+    """A damaged record is none."""
     tried("fuzzed records")
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(RunFolder(tmp_path))
     ledger.prepare()
-    content = (whole / "units" / "register" / "000001.json").read_bytes()
-    if old:
-        record = UnitRecord.from_bytes(content).model_copy(update={"format": 1})
-        content = record.model_dump_json(exclude={"facts", "inputs"}).encode()
-    ledger.path("register", 1).write_bytes(data.draw(spoiled(content) | changed_json(content)))
+    content = (undisturbed / "units" / "register" / "000001.json").read_bytes()
+    RunFolder(tmp_path).record("register", 1).write_bytes(data.draw(spoiled(content) | changed_json(content)))
     try:
         read = ledger.read("register", 1)
     except ValueError as error:
         in_words(error, "000001.json")
         return
     if read is not None:
-        assert old or read == UnitRecord.from_bytes(content)
+        assert read == UnitRecord.parse(tmp_path, content)
         assert len(read.to_matches()) == read.stop - read.start
 
 
-KINDS = ("plan.json", "reference.json", "seals.json", "settings.toml", "units/align/000002.json", "lease.json")
+KINDS = ("run.json", "manifest.json", "settings.toml", "units/align/000002.json", "lease.json")
 
 
 @fuzz(1000, 4000)
 @given(data=st.data(), name=st.sampled_from(KINDS))
-def test_files_of_a_run(data, name, whole, stored, tmp_path, tried):
+def test_files_of_a_run(data, name, undisturbed, stored, tmp_path, tried):
     """Whatever lies in a run's folder, its status and a new run's first look end in words."""
     tried("fuzzed files of a run")
     out = tmp_path / "run"
     if not out.exists():
-        shutil.copytree(whole, out, ignore=shutil.ignore_patterns("c"))
+        shutil.copytree(undisturbed, out, ignore=shutil.ignore_patterns("c"))
     before = (
-        (whole / name).read_bytes() if (whole / name).exists() else b'{"host":"a","pid":1,"born":2.0,"since":"now"}'
+        (undisturbed / name).read_bytes()
+        if (undisturbed / name).exists()
+        else b'{"host":"a","pid":1,"born":2.0,"since":"now"}'
     )
     content = data.draw(spoiled(before) | (changed_json(before) if name.endswith("json") else st.nothing()))
     (out / name).write_bytes(content)
     try:
-        for look in (read_plan, read_seals, read_status, read_leases, lambda o: read_origin(o / "reference.json")):
-            look(out)
+        folder = RunFolder(out)
+        known_plan(folder), read_leases(folder)
+        RunDescription.read(folder.description), Manifest.read(folder.manifest)
+        read_status(out)
         check_folder(settings_of(stored, out))
     except (*EXPECTED, RuntimeError) as error:
         in_words(error)
     finally:
-        (out / name).write_bytes(before) if (whole / name).exists() else (out / name).unlink()
+        (out / name).write_bytes(before) if (undisturbed / name).exists() else (out / name).unlink()
 
 
 @fuzz(120, 500)
 @given(data=st.data(), name=st.sampled_from(KINDS[:-1]))
-def test_verify(data, name, whole, tmp_path, tried):
+def test_verify(data, name, undisturbed, tmp_path, tried):
     tried("fuzzed files, verified")
     out = tmp_path / "run"
     if not out.exists():
-        shutil.copytree(whole, out)
-    before = (whole / name).read_bytes()
+        shutil.copytree(undisturbed, out)
+    before = (undisturbed / name).read_bytes()
     content = data.draw(spoiled(before) | (changed_json(before) if name.endswith("json") else st.nothing()))
     (out / name).write_bytes(content)
     try:
@@ -200,7 +194,7 @@ def test_metadata_of_the_frames(data, stored, tmp_path, tried):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Zarr's
             source = open_source(store)
-            assert source.meaning()
+            assert source.decoding_metadata()
             assert source.layout.frames == source.shape[0]
             assert source.finished in (True, False)
             frame_coordinates(source)
@@ -244,11 +238,11 @@ def save(file, mask):
 
 @fuzz(300, 1500)
 @given(data=st.data(), name=st.sampled_from(["zarr.json", "image/zarr.json", "image/c/0/0", "mask/c/0/0"]))
-def test_references(data, name, whole, tmp_path, tried):
+def test_references(data, name, undisturbed, tmp_path, tried):
     tried("fuzzed references")
     folder = tmp_path / "reference.zarr"
     if not folder.exists():
-        shutil.copytree(whole / "reference.zarr", folder)
+        shutil.copytree(undisturbed / "reference.zarr", folder)
     before = (folder / name).read_bytes()
     content = data.draw(spoiled(before) | (changed_json(before) if name.endswith("json") else st.nothing()))
     (folder / name).write_bytes(content)

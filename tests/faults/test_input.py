@@ -12,10 +12,10 @@ import xarray as xr
 import zarr
 
 from faulty import Started, chances, finish, records, run_command, settings, stores, wait_for
-from stillframe.batch import run
 from stillframe.flags import Flag
-from stillframe.scene import Experiment
-from stillframe.verify import repair, verify
+from stillframe.simulation.experiment import Experiment
+from stillframe.workflow.driver import run
+from stillframe.workflow.verify import repair, verify
 from synthetic import store_frames
 
 EXPERIMENT = Experiment(frames=24, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=0, seed=6)
@@ -157,7 +157,7 @@ def test_a_stack_that_lost_frames_says_so(frames, mask, tmp_path, capfd):
 
 
 def test_input_that_changes_while_it_is_read_is_not_taken_for_what_it_was(frames, mask, tmp_path, monkeypatch, tried):
-    from stillframe.frames import FrameSource
+    from stillframe.storage.frames import FrameSource
 
     store, out, read, done = store_frames(tmp_path / "frames.zarr", frames), tmp_path / "run", FrameSource.read, []
 
@@ -183,7 +183,7 @@ def test_input_that_changes_while_it_is_read_is_not_taken_for_what_it_was(frames
 @pytest.mark.parametrize("grows", [True, False], ids=["an array that grows", "chunks that come"])
 def test_follow_takes_units_as_they_come(grows, frames, mask, tmp_path, monkeypatch, tried):
     """An experiment that still runs: nothing twice, nothing half, and at the end as if it had been there at once."""
-    monkeypatch.setattr("stillframe.follow.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("stillframe.workflow.follow.LOOK_EVERY", 0.05)
     store, out = tmp_path / "frames.zarr", tmp_path / "run"
     stored = zarr.create_array(
         store,
@@ -219,7 +219,7 @@ def test_follow_is_stopped_and_goes_on(frames, mask, tmp_path):
     """The store says that frames are still to come."""
     store, out = store_frames(tmp_path / "frames.zarr", frames[:20]), tmp_path / "run"
     process = Started(run_command((store, mask), out, "--follow", "--workers", 0, "--reference", "0:6"))
-    wait_for(lambda: (out / "seals.json").exists(), process)
+    wait_for(lambda: (out / "manifest.json").exists(), process)
     process.process.terminate()
     status, words = process.end()
     assert status == 130, words
@@ -261,9 +261,13 @@ def test_a_changed_frame_of_the_reference_is_seen_by_its_contents(frames, mask, 
 
 def test_a_unit_that_cannot_be_registered_any_more_does_not_pass_for_finished(frames, mask, tmp_path, monkeypatch):
     """Its aligned frames of before are those of other settings."""
-    import stillframe.tasks
+    import stillframe.workflow.unit_tasks
 
-    store, out, match = store_frames(tmp_path / "frames.zarr", frames), tmp_path / "run", stillframe.tasks.match_frames
+    store, out, match = (
+        store_frames(tmp_path / "frames.zarr", frames),
+        tmp_path / "run",
+        stillframe.workflow.unit_tasks.match_frames,
+    )
     finish((store, mask), out, reference="0")
 
     def failing(stack, reference):
@@ -271,7 +275,7 @@ def test_a_unit_that_cannot_be_registered_any_more_does_not_pass_for_finished(fr
             raise MemoryError("none left")
         return match(stack, reference)
 
-    monkeypatch.setattr(stillframe.tasks, "match_frames", failing)
+    monkeypatch.setattr(stillframe.workflow.unit_tasks, "match_frames", failing)
     assert run(settings((store, mask), out, reference="0", max_shift=10)).problems
     with xr.open_zarr(out / "aligned.zarr") as aligned:
         assert (aligned.attrs["complete"], aligned.attrs["missing"]) == (False, ["frames 8–11"])
@@ -280,7 +284,7 @@ def test_a_unit_that_cannot_be_registered_any_more_does_not_pass_for_finished(fr
 
 
 def test_following_a_stack_that_lost_a_chunk_keeps_what_was_made_of_it(frames, mask, tmp_path, monkeypatch):
-    monkeypatch.setattr("stillframe.follow.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("stillframe.workflow.follow.LOOK_EVERY", 0.05)
     store, out = store_frames(tmp_path / "frames.zarr", frames[:22]), tmp_path / "run"
     finish((store, mask), out, reference="0:2")
     before, whole = records(out), stores(out)

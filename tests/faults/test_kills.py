@@ -18,9 +18,10 @@ from faulty import (
     wait_for_work,
     worker_processes,
 )
-from stillframe.records import Ledger
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
+from stillframe.workflow.ledger import Ledger
+from stillframe.workflow.run_folder import RunFolder
 
 EXPERIMENT = Experiment(frames=60, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=10, seed=4)
 UNITS = 30
@@ -54,7 +55,7 @@ def fresh(folder, begin):
 
 def finished(out):
     """Records of units that need not be done again, as they lie on disk."""
-    ledger = Ledger(out)
+    ledger = Ledger(RunFolder(out))
     return {
         path: seen
         for path, seen in records(out).items()
@@ -168,18 +169,18 @@ import sys
 
 class Watch:
     def find_spec(self, name, path, target=None):
-        if name == "stillframe.tasks" and self in sys.meta_path:
+        if name == "stillframe.workflow.unit_tasks" and self in sys.meta_path:
             sys.meta_path.remove(self)
-            import stillframe.frames
+            import stillframe.storage.frames
 
-            read = stillframe.frames.FrameSource.read
+            read = stillframe.storage.frames.FrameSource.read
 
             def crashing(source, unit):
                 if unit.start == 10 and unit.number == 5 and "spawn_main" in " ".join(sys.orig_argv):
                     os.abort()
                 return read(source, unit)
 
-            stillframe.frames.FrameSource.read = crashing
+            stillframe.storage.frames.FrameSource.read = crashing
         return None
 
 

@@ -13,11 +13,11 @@ import pytest
 import zarr
 
 from faulty import LONG, Cluster, Started, command, wait_for
-from stillframe.executors import process_memory
-from stillframe.frames import open_source
-from stillframe.scene import Experiment
-from stillframe.store import codec
-from stillframe.units import unit_memory
+from stillframe.cluster.executors import process_memory
+from stillframe.partition import unit_memory
+from stillframe.simulation.experiment import Experiment
+from stillframe.storage.frames import open_source
+from stillframe.storage.zarr_files import codec
 
 SHAPE = (2048, 2048)
 UNIT, REACH, DISTINCT = 16, 32, 4

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from faulty import chances, finish, settings, stores
-from stillframe.batch import run
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
+from stillframe.workflow.driver import run
 
 
 class Disk:

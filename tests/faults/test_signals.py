@@ -21,13 +21,6 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def undisturbed(stored, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(stored, out)
-    return out
-
-
 def send(process, number):
     """As from a terminal, Ctrl-C reaches the whole process group; a batch system's SIGTERM the driver."""
     with contextlib.suppress(ProcessLookupError):

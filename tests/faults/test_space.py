@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 from faulty import STORES, finish, settings, stores
-from stillframe.batch import run
 from stillframe.errors import RunStopped
-from stillframe.verify import verify
+from stillframe.workflow.driver import run
+from stillframe.workflow.verify import verify
 
 
 @pytest.fixture
@@ -32,13 +32,6 @@ def small(tmp_path):
 
     yield mount
     subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(stored, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(stored, out)
-    return stores(out)
 
 
 def used(folder):
@@ -69,7 +62,7 @@ def test_a_file_system_that_is_full(workers, stored, undisturbed, small, tmp_pat
         assert not (out / "lease.json").exists()
         subprocess.run(["mount", "-o", f"remount,size={4 * whole}", folder], check=True)
         finish(stored, out)
-        assert stores(out) == undisturbed
+        assert stores(out) == stores(undisturbed)
         assert verify(out).findings == []
         subprocess.run(["umount", "-l", folder], check=True)
     assert workers or len(stopped_at) >= 3, stopped_at
@@ -80,7 +73,7 @@ def kind_of(words):
     return next((name for name in (*STORES, "units", ".drafts", "settings", "plan", "lease") if name in words), "other")
 
 
-KINDS = (".drafts", "units/register", "units/align", "plan.json", "settings.toml", "reference.json", "seals.json")
+KINDS = (".drafts", "units/register", "units/align", "run.json", "settings.toml", "manifest.json")
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
@@ -106,14 +99,14 @@ def test_a_write_that_fails(kind, number, stored, undisturbed, tmp_path, monkeyp
     monkeypatch.undo()
     assert met
     finish(stored, out)
-    assert stores(out) == undisturbed
+    assert stores(out) == stores(undisturbed)
     tried(f"{errno.errorcode[number]} while writing")
 
 
 def test_an_output_that_becomes_read_only(stored, undisturbed, small, tmp_path, monkeypatch, tried):
-    import stillframe.tasks
+    import stillframe.workflow.unit_tasks
 
-    out, draft, done = small(64 * 2**20) / "run", stillframe.tasks.draft_unit, []
+    out, draft, done = small(64 * 2**20) / "run", stillframe.workflow.unit_tasks.draft_unit, []
 
     def remount(*arguments):
         done.append(arguments)
@@ -122,23 +115,27 @@ def test_an_output_that_becomes_read_only(stored, undisturbed, small, tmp_path, 
             subprocess.run(["mount", "-o", "remount,bind,ro", out], check=True)
         return draft(*arguments)
 
-    monkeypatch.setattr(stillframe.tasks, "draft_unit", remount)
+    monkeypatch.setattr(stillframe.workflow.unit_tasks, "draft_unit", remount)
     with pytest.raises(RunStopped, match=r"Read-only file system \(.*run.*\)"):
         run(settings(stored, out))
     subprocess.run(["umount", "-l", out], check=True)
     monkeypatch.undo()
     finish(stored, out)
-    assert stores(out) == undisturbed
+    assert stores(out) == stores(undisturbed)
     tried("an output that becomes read-only")
 
 
 def test_an_input_that_vanishes(stored, undisturbed, tmp_path, monkeypatch, tried):
     """As when its file system is unmounted: the run stops, and no frame is taken for dark or damaged."""
-    import stillframe.tasks
+    import stillframe.workflow.unit_tasks
 
     source, away, out = tmp_path / "in", tmp_path / "away", tmp_path / "run"
     shutil.copytree(stored[0].parent, source)
-    here, draft, done = (source / stored[0].name, source / stored[1].name), stillframe.tasks.draft_unit, []
+    here, draft, done = (
+        (source / stored[0].name, source / stored[1].name),
+        stillframe.workflow.unit_tasks.draft_unit,
+        [],
+    )
 
     def unmount(*arguments):
         done.append(arguments)
@@ -146,11 +143,11 @@ def test_an_input_that_vanishes(stored, undisturbed, tmp_path, monkeypatch, trie
             source.rename(away)
         return draft(*arguments)
 
-    monkeypatch.setattr(stillframe.tasks, "draft_unit", unmount)
+    monkeypatch.setattr(stillframe.workflow.unit_tasks, "draft_unit", unmount)
     with pytest.raises(RunStopped, match=r"the frames cannot be reached any more \(.*frames\.zarr"):
         run(settings(here, out))
     monkeypatch.undo()
     away.rename(source)
     finish(here, out)
-    assert stores(out)["aligned.zarr"] == undisturbed["aligned.zarr"]
+    assert stores(out)["aligned.zarr"] == stores(undisturbed)["aligned.zarr"]
     tried("an input that vanishes")

@@ -10,8 +10,8 @@ import pytest
 
 from faulty import finish, stores, wait_for
 from slurmed import UNITS, Slurm
-from stillframe.scene import Experiment
-from stillframe.simulate import simulate
+from stillframe.simulation.experiment import Experiment
+from stillframe.simulation.write import simulate
 
 HERE = Path(__file__).parent
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -52,9 +52,9 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(stored, tmp_path_factory):
-    """Every byte of what one process makes of it."""
+    """Every byte of what one process makes of it; the frames of the reference are named, since stacks grow here."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert not finish(stored, out, unit_frames=1).problems
+    assert not finish(stored, out, unit_frames=1, reference="0:16").problems
     return stores(out)
 
 
