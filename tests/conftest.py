@@ -1,5 +1,6 @@
 """What several test modules share: one small simulated experiment, one real local cluster."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -30,6 +31,12 @@ def undisturbed(stored, tmp_path_factory):
     before = stores(out), records(out)
     yield out
     assert (stores(out), records(out)) == before, "a test wrote into the shared run"
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """Folder of a finished run of the experiment, of which a test may do what it likes."""
+    return shutil.copytree(undisturbed, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Runs with a dark and a flat: what they change, what they leave, and what follows from a change of a file."""
 
+import shutil
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -29,22 +31,37 @@ def images():
     return {"dark": rng.integers(0, 400, SHAPE).astype(np.uint16), "flat": rng.normal(5.0, 0.5, SHAPE)}
 
 
-@pytest.fixture
-def recorded(experiment, images, tmp_path):
-    """Frames and mask as files, and the dark and the flat of their detector."""
+@pytest.fixture(scope="module")
+def recorded(experiment, images, tmp_path_factory):
+    """Frames and mask as files, and the dark and the flat of their detector, which tests only read."""
+    folder = tmp_path_factory.mktemp("recorded")
     response = images["flat"] / images["flat"].mean()
     rng = np.random.default_rng(1)
     frames = np.stack([rng.binomial(experiment.render(n), 0.7 * response) for n in range(24)]) + images["dark"]
-    store_frames(tmp_path / "frames.zarr", frames.astype(np.uint16))
-    np.save(tmp_path / "mask.npy", experiment.detector.mask)
+    store_frames(folder / "frames.zarr", frames.astype(np.uint16))
+    np.save(folder / "mask.npy", experiment.detector.mask)
     for name, image in images.items():
-        np.save(tmp_path / f"{name}.npy", image)
-    return tmp_path / "frames.zarr", tmp_path / "mask.npy"
+        np.save(folder / f"{name}.npy", image)
+    return folder / "frames.zarr", folder / "mask.npy"
+
+
+@pytest.fixture(scope="module")
+def files(recorded):
+    return {name: recorded[0].with_name(f"{name}.npy") for name in ("dark", "flat")}
 
 
 @pytest.fixture
-def files(recorded):
-    return {name: recorded[0].with_name(f"{name}.npy") for name in ("dark", "flat")}
+def own_files(files, tmp_path):
+    """Copies of the dark and the flat, which a test may change."""
+    return {name: shutil.copy(file, tmp_path) for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def corrected(recorded, files, tmp_path_factory):
+    """Folder of a finished run with the dark and the flat, which tests only read."""
+    out = tmp_path_factory.mktemp("corrected") / "run"
+    finish(recorded, out, **files, reference_iterations=3)
+    return out
 
 
 def shifts_in(folder):
@@ -57,14 +74,13 @@ def rms(folder, experiment):
     return np.sqrt(np.mean((error - error.mean(axis=0)) ** 2))
 
 
-def test_a_run_corrects_its_frames_and_keeps_them_as_recorded(recorded, files, experiment, tmp_path):
-    finish(recorded, tmp_path / "run", **files, reference_iterations=3)
+def test_a_run_corrects_its_frames_and_keeps_them_as_recorded(recorded, corrected, experiment, tmp_path):
     finish(recorded, tmp_path / "without", reference_iterations=3)
-    assert shifts_in(tmp_path / "run").attrs["frames_corrected_for"] == "dark, flat"
+    assert shifts_in(corrected).attrs["frames_corrected_for"] == "dark, flat"
     assert "frames_corrected_for" not in shifts_in(tmp_path / "without").attrs
-    assert rms(tmp_path / "run", experiment) < 0.03
+    assert rms(corrected, experiment) < 0.03
     assert rms(tmp_path / "without", experiment) > 0.3
-    with xr.open_zarr(tmp_path / "run" / "aligned.zarr", chunks=None) as aligned:
+    with xr.open_zarr(corrected / "aligned.zarr", chunks=None) as aligned:
         assert aligned["frames"].dtype == np.uint16
         dy, dx = aligned["applied"].values[5].astype(int)
         moved = np.roll(zarr.open_array(recorded[0], mode="r")[5], (dy, dx), (0, 1))
@@ -73,8 +89,8 @@ def test_a_run_corrects_its_frames_and_keeps_them_as_recorded(recorded, files, e
         np.testing.assert_array_equal(aligned["frames"].values[5][inner][valid], moved[inner][valid])
 
 
-def test_the_same_command_does_nothing_and_another_dark_registers_again(recorded, files, images, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_the_same_command_does_nothing_and_another_dark_registers_again(recorded, own_files, images, tmp_path, capsys):
+    out, files = tmp_path / "run", own_files
     finish(recorded, out, **files)
     before, reference = records(out), sf.load_reference(out / "reference.zarr").digest
     finish(recorded, out, **files)
@@ -88,18 +104,17 @@ def test_the_same_command_does_nothing_and_another_dark_registers_again(recorded
 
 
 def test_the_flags_are_those_of_the_settings(recorded, files, tmp_path):
-    status, said = Started(run_command(recorded, tmp_path / "run", **files)).end()
+    status, said = Started(run_command(recorded, tmp_path / "run", workers=0, **files)).end()
     assert status == 0, said
     reference = sf.load_reference(tmp_path / "run" / "reference.zarr")
     np.testing.assert_array_equal(reference.dark, np.load(files["dark"]))
     np.testing.assert_array_equal(reference.flat, np.load(files["flat"]).astype(np.float32))
 
 
-def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, files, images, tmp_path):
-    finish(recorded, tmp_path / "first", **files)
+def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, corrected, images, tmp_path):
     source, other = open_source(recorded[0]), tmp_path / "other.npy"
     np.save(other, images["dark"] + 1)
-    path = str(tmp_path / "first" / "reference.zarr")
+    path = str(corrected / "reference.zarr")
     kept, _ = prepare_reference(settings(recorded, tmp_path / "second", reference=path), source)
     changed, _ = prepare_reference(settings(recorded, tmp_path / "second", reference=path, dark=other), source)
     np.testing.assert_array_equal(kept.dark, images["dark"])
@@ -107,7 +122,7 @@ def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, fil
     np.testing.assert_array_equal(changed.flat, kept.flat)
     finish(recorded, tmp_path / "second", reference=path)
     np.testing.assert_array_equal(
-        shifts_in(tmp_path / "second")["shift"].values, shifts_in(tmp_path / "first")["shift"].values
+        shifts_in(tmp_path / "second")["shift"].values, shifts_in(corrected)["shift"].values
     )
 
 
@@ -131,16 +146,16 @@ def test_memory_of_the_correction_is_counted(recorded, files, tmp_path):
     assert with_both.memory > forecast(settings(recorded, tmp_path / "run"), pilot=0).memory
 
 
-def test_pixels_that_are_left_out_are_reported(recorded, files, images, tmp_path, capsys):
+def test_pixels_that_are_left_out_are_reported(recorded, own_files, images, tmp_path, capsys):
     flat = images["flat"].copy()
     flat[30:34] = np.nan
-    np.save(files["flat"], flat)
-    finish(recorded, tmp_path / "run", **files)
+    np.save(own_files["flat"], flat)
+    finish(recorded, tmp_path / "run", **own_files)
     assert "valid pixels are left out" in capsys.readouterr().err
     assert not shifts_in(tmp_path / "run")["mask"].values[30:34].any()
 
 
-def test_files_of_another_shape_are_refused(recorded, files, tmp_path):
-    np.save(files["dark"], np.zeros((3, 4)))
+def test_files_of_another_shape_are_refused(recorded, own_files, tmp_path):
+    np.save(own_files["dark"], np.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"the dark image has shape \(3, 4\)"):
-        finish(recorded, tmp_path / "run", **files)
+        finish(recorded, tmp_path / "run", **own_files)

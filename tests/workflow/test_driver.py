@@ -124,22 +124,19 @@ def test_a_scheduler_file_that_never_comes_is_told(stored, tmp_path, monkeypatch
         run(settings(stored, tmp_path / "run", scheduler=str(tmp_path / "scheduler.json")))
 
 
-def test_a_finished_run_is_not_done_again(stored, undisturbed, tmp_path):
-    out = shutil.copytree(undisturbed, tmp_path / "run")
-    before = records(out), stores(out)
-    run(settings(stored, out))
-    assert (records(out), stores(out)) == before
+def test_a_finished_run_is_not_done_again(stored, finished):
+    before = records(finished), stores(finished)
+    run(settings(stored, finished))
+    assert (records(finished), stores(finished)) == before
 
 
-def test_another_interpolation_redoes_only_the_alignment(stored, tmp_path):
-    out = tmp_path / "run"
-    run(settings(stored, out))
-    before = records(out)
-    run(settings(stored, out, interpolation="linear"))
-    changed = {path.parent.name for path, when in records(out).items() if before[path] != when}
+def test_another_interpolation_redoes_only_the_alignment(stored, finished, tmp_path):
+    before = records(finished)
+    run(settings(stored, finished, interpolation="linear"))
+    changed = {path.parent.name for path, when in records(finished).items() if before[path] != when}
     assert changed == {"align"}
     run(settings(stored, tmp_path / "fresh", interpolation="linear"))
-    assert stores(out) == stores(tmp_path / "fresh")
+    assert stores(finished) == stores(tmp_path / "fresh")
 
 
 @pytest.mark.slow
@@ -232,12 +229,10 @@ def test_each_unit_is_read_once(stored, undisturbed, tmp_path, monkeypatch):
     assert stores(tmp_path / "run")["shifts.zarr"] == stores(undisturbed)["shifts.zarr"]
 
 
-def test_status_counts_only_what_holds(stored, tmp_path):
-    out = tmp_path / "run"
-    run(settings(stored, out))
-    for path in (out / "units" / "register").iterdir():
+def test_status_counts_only_what_holds(finished):
+    for path in (finished / "units" / "register").iterdir():
         path.unlink()
-    seen = subprocess.run(command("status", out), capture_output=True, text=True, check=True).stdout
+    seen = subprocess.run(command("status", finished), capture_output=True, text=True, check=True).stdout
     assert seen.count("0/24") == 2
 
 
@@ -248,12 +243,10 @@ def test_another_unit_size_redoes_everything(stored, undisturbed, tmp_path):
     assert stores(out) == stores(undisturbed)
 
 
-def test_a_lost_shard_is_written_again(stored, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    run(settings(stored, out))
-    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
-    run(settings(stored, out))
-    assert stores(out) == stores(undisturbed)
+def test_a_lost_shard_is_written_again(stored, undisturbed, finished):
+    (finished / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+    run(settings(stored, finished))
+    assert stores(finished) == stores(undisturbed)
 
 
 def test_a_store_that_vanishes_while_it_is_put_together_does_not_pass_for_finished(
@@ -284,45 +277,39 @@ def missing(out):
         return aligned.attrs["complete"], len(aligned.attrs["missing"])
 
 
-def test_a_lost_shard_does_not_pass_for_there_without_alignment(stored, tmp_path):
-    out = tmp_path / "run"
-    run(settings(stored, out))
-    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
-    run(settings(stored, out, align=False))
-    assert missing(out) == (False, 1)
+def test_a_lost_shard_does_not_pass_for_there_without_alignment(stored, finished):
+    (finished / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+    run(settings(stored, finished, align=False))
+    assert missing(finished) == (False, 1)
 
 
-def test_a_store_is_marked_incomplete_before_any_record_of_it_is_withdrawn(stored, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    run(settings(stored, out))
-    (out / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
+def test_a_store_is_marked_incomplete_before_any_record_of_it_is_withdrawn(stored, finished, monkeypatch):
+    (finished / "aligned.zarr" / "frames" / "c" / "2" / "0" / "0").unlink()
     marked, withdraw = [], Ledger.withdraw
 
     def looked(self, stage, unit):
-        marked.append(missing(out)[0])
+        marked.append(missing(finished)[0])
         withdraw(self, stage, unit)
 
     monkeypatch.setattr(Ledger, "withdraw", looked)
-    run(settings(stored, out))
+    run(settings(stored, finished))
     assert marked[0] is False
-    assert missing(out) == (True, 0)
+    assert missing(finished) == (True, 0)
 
 
-def test_what_a_killed_driver_left_is_swept(stored, undisturbed, tmp_path):
-    out = shutil.copytree(undisturbed, tmp_path / "run")
-    left = [out / "aligned.zarr" / ".zarr.json.12.partial", out / ".aligned.zarr.partial" / "zarr.json"]
+def test_what_a_killed_driver_left_is_swept(stored, finished):
+    left = [finished / "aligned.zarr" / ".zarr.json.12.partial", finished / ".aligned.zarr.partial" / "zarr.json"]
     for file in left:
         file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
-    run(settings(stored, out, align=False))
+    run(settings(stored, finished, align=False))
     assert not any(file.exists() for file in left)
-    assert not (out / ".aligned.zarr.partial").exists()
+    assert not (finished / ".aligned.zarr.partial").exists()
 
 
 @pytest.mark.parametrize("change", [{}, {"interpolation": "linear"}, {"max_shift": 11}, {"align": False}])
-def test_each_record_is_read_at_most_once_in_a_run(change, stored, undisturbed, tmp_path, monkeypatch):
+def test_each_record_is_read_at_most_once_in_a_run(change, stored, finished, monkeypatch):
     """On a shared file system each read waits for the network."""
-    out = shutil.copytree(undisturbed, tmp_path / "run")
     looks, read = Counter(), Ledger.read
 
     def counted(self, stage, unit):
@@ -330,7 +317,7 @@ def test_each_record_is_read_at_most_once_in_a_run(change, stored, undisturbed, 
         return read(self, stage, unit)
 
     monkeypatch.setattr(Ledger, "read", counted)
-    run(settings(stored, out, **change))
+    run(settings(stored, finished, **change))
     assert max(looks.values()) == 1
     assert len(looks) == 12
 
@@ -460,14 +447,13 @@ class TestBadInput:
         assert contents(out / "reference.zarr") != before
 
     @pytest.mark.parametrize("spoil", [lambda text: "", lambda text: text.replace('"digest":"', '"digest":"0')])
-    def test_a_reference_whose_origin_is_spoiled_is_made_again(self, stored, undisturbed, tmp_path, spoil):
-        run(settings(stored, tmp_path / "run"))
-        description = tmp_path / "run" / "run.json"
+    def test_a_reference_whose_origin_is_spoiled_is_made_again(self, stored, undisturbed, finished, spoil):
+        description = finished / "run.json"
         text = description.read_text()
         description.write_text(spoil(text))
-        run(settings(stored, tmp_path / "run"))
+        run(settings(stored, finished))
         assert description.read_text() == text
-        assert stores(tmp_path / "run") == stores(undisturbed)
+        assert stores(finished) == stores(undisturbed)
 
     def test_changed_frames_of_the_reference_make_it_anew(self, stored, tmp_path):
         path, out = store_frames(tmp_path / "frames.zarr", self.frames()), tmp_path / "run"

@@ -4,7 +4,7 @@ from collections import namedtuple
 import pytest
 from rich.console import Console
 
-from faulty import finish, settings
+from faulty import settings
 from stillframe.cluster.executors import process_memory
 from stillframe.console import print_forecast
 from stillframe.partition import unit_memory
@@ -19,13 +19,12 @@ def said(found, out):
     return fits, capture.get()
 
 
-def test_a_pilot_tells_disk_and_time_and_leaves_nothing_behind(stored, tmp_path):
+def test_a_pilot_tells_disk_and_time_and_leaves_nothing_behind(stored, undisturbed, tmp_path):
     found = forecast(settings(stored, tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
     assert (found.left, found.pilot, found.workers) == (6, 2, 1)
     assert found.seconds > 0
-    finish(stored, tmp_path / "run")
-    shards = (tmp_path / "run" / "aligned.zarr" / "frames" / "c").rglob("0")
+    shards = (undisturbed / "aligned.zarr" / "frames" / "c").rglob("0")
     written = sum(file.stat().st_size for file in shards if file.is_file())
     assert 0.8 * written < found.disk < 1.25 * written
     fits, text = said(found, tmp_path / "run")
@@ -43,9 +42,8 @@ def test_without_a_pilot_it_tells_the_most(stored, tmp_path):
     assert "at most" in said(found, tmp_path)[1]
 
 
-def test_what_is_finished_is_not_counted(stored, tmp_path):
-    finish(stored, tmp_path / "run")
-    found = forecast(settings(stored, tmp_path / "run"))
+def test_what_is_finished_is_not_counted(stored, finished):
+    found = forecast(settings(stored, finished))
     assert (found.left, found.disk) == (0, 0)
 
 

@@ -217,9 +217,8 @@ def test_only_registering_leaves_no_aligned_frames(stored, undisturbed, tmp_path
     assert stores(out) == stores(undisturbed)
 
 
-def test_aligned_frames_of_other_shifts_do_not_pass_for_these(stored, tmp_path, capsys):
-    out = tmp_path / "run"
-    finish(stored, out)
+def test_aligned_frames_of_other_shifts_do_not_pass_for_these(stored, finished, capsys):
+    out = finished
     assert run(settings(stored, out, align=False)).problems == []
     assert zarr.open_group(out / "aligned.zarr").attrs["complete"] is True
     run(settings(stored, out, align=False, subpixel=False))

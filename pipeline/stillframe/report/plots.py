@@ -11,6 +11,9 @@ from stillframe.flags import Flag
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_MARGINS = {"left": 0.14, "right": 0.98, "bottom": 0.08, "top": 0.95, "hspace": 0.08}
+"""Margins of the figure that hold the longest name of a flag; to have them computed takes as long as all the rest."""
+
 
 def plot_shifts(shifts: xr.Dataset, path: Path) -> None:
     """Plot the shifts, the scores and the flags of all frames over lab time.
@@ -26,9 +29,9 @@ def plot_shifts(shifts: xr.Dataset, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7))
     FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1.5])
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1.5], gridspec_kw=_MARGINS)
     time, label = _time_axis(shifts)
     for column, axis in enumerate("yx"):
         top.plot(time, shifts["shift"].values[:, column], ".", markersize=3, label=f"along {axis}")

@@ -286,8 +286,11 @@ class Pass:
     @property
     def _dataset(self) -> xr.Dataset:
         """The dataset of shifts as far as they are known."""
-        table = self.table
-        return shifts_dataset(table.matches, frame_coordinates(self.inputs.source), self.inputs.reference)
+        return shifts_dataset(self.table.matches, self._coordinates, self.inputs.reference)
+
+    @cached_property
+    def _coordinates(self) -> xr.Dataset:
+        return frame_coordinates(self.inputs.source)
 
     def _create_aligned(self, missing: Sequence[Unit]) -> bool:
         """Write metadata and coordinates of the aligned store; return whether frames that were there still are.
