@@ -16,12 +16,12 @@ from stillframe.images.arrays import Image, Mask, Pixels, native, saturation_lim
 from stillframe.images.hot_pixels import isolated_pixels
 from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
 from stillframe.images.resample import resample_frames
-from stillframe.images.run_lengths import RowRuns
+from stillframe.images.run_lengths import RowRuns, ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.estimate import Estimate
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.match import match_frames
-from stillframe.registration.prepared_reference import PreparedReference, prepare
+from stillframe.registration.prepared_reference import PreparedReference, contrast_of, prepare
 from stillframe.registration.reference import Reference, correction_image, corrections_of
 from stillframe.registration.reference_frames import (
     BATCH,
@@ -126,12 +126,11 @@ def iterated_reference(
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:
     """Return the frames that are neither corrupt nor saturated nor dark."""
-    prepared, usable = prepare(reference), []
-    valid = prepared.frame_pixels
+    contrast, valid, usable = contrast_of(reference), ValidPixels.of(reference.frame_mask), []
     for index in indices:
         for frame in read([index]):  # none if it cannot be read
             pixels = frame_statistics(frame, valid, reference.options.saturation, reference.corrections)
-            if not unusable(pixels, valid.pixels, prepared.contrast):
+            if not unusable(pixels, valid.pixels, contrast):
                 usable.append(index)
     return usable
 
@@ -194,7 +193,10 @@ def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Im
 def _rounds(read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int) -> Reference:
     """Register and average the frames of both halves until the shifts no longer change."""
     guides, made, before = [guide, guide], guide, np.zeros(())
+    sums: list[_AlignedSum] = []
     for number in range(1, iterations + 1):
+        if sums:
+            guides = _exchanged([half.mean() for half in sums])
         if any(prepare(one).template is None for one in guides):
             break
         sums = [_sum_aligned(read, half, one, number > 1) for half, one in zip(halves, guides, strict=True)]
@@ -202,7 +204,6 @@ def _rounds(read: Read, halves: Sequence[Sequence[int]], guide: Reference, itera
             break
         whole = sums[0].plus(sums[1])
         made = whole.mean(f"mean of {whole.used} of {asked} frames, aligned in {number} rounds")
-        guides = _exchanged([half.mean() for half in sums])
         shifts = np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in sums])
         if shifts.shape == before.shape and np.abs(shifts - before).mean() < _CONVERGED * sums[0].sigma:
             break

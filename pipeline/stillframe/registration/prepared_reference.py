@@ -208,11 +208,20 @@ def prepare(reference: Reference) -> PreparedReference:
         return prepared
 
 
+def contrast_of(reference: Reference) -> float:
+    """Return the standard deviation of the trusted pixels, without the rest of the preparation."""
+    return _trusted_statistics(reference, _trusted_pixels(reference)[0]).deviation
+
+
+def _trusted_statistics(reference: Reference, trusted: Mask) -> Statistics:
+    return statistics(reference.image.astype(np.float64), RowRuns.of(trusted), np.inf)
+
+
 def _prepare(reference: Reference) -> PreparedReference:
     """Prepare a reference, step by step."""
     options, window = reference.options, (reference.options.max_shift, reference.options.overlap_ratio)
     mask, noise = _trusted_pixels(reference)
-    pixels = statistics(reference.image.astype(np.float64), RowRuns.of(mask), np.inf)
+    pixels = _trusted_statistics(reference, mask)
     template = _template(reference, mask, pixels, noise)
     smoothing = _search_smoothing(template, options.max_shift)
     similarity = _self_similarity(reference, mask, pixels, noise, smoothing)

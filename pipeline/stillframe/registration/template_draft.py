@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import scipy.ndimage
 
-from stillframe.images.arrays import Image, Mask, Shift
+from stillframe.images.arrays import Image, Indices, Mask, Shift
 from stillframe.images.binning import at_bins, bin_means, box_means, whole_bins
 from stillframe.images.noise import Noise, smooth, variance_of
 
@@ -46,26 +46,27 @@ _LARGEST_WEIGHT = 1e30
 """Single precision holds larger weights not; such an image has no noise where its intensity is."""
 
 
-def best_smoothing(image: Image, mask: Mask, noise: Noise) -> float | None:
-    """Return the Gaussian's width with the smallest expected errors; None if noise is too strong at every width."""
+def best_smoothed(image: Image, mask: Mask, noise: Noise) -> "Draft | None":
+    """Return templates of single pixels whose smoothing has the smallest expected errors; None with too much noise."""
     best, least = None, np.inf
     for width in _SMOOTHINGS:
-        variance = Draft.of(Smoothed.of(image, mask, noise, width), 1).expected_variance()
+        draft = Draft.of(Smoothed.of(image, mask, noise, width), 1)
+        variance = draft.expected_variance()
         if variance > least:
             break
         if np.isfinite(variance):
-            best, least = width, variance
+            best, least = draft, variance
     return best
 
 
-def best_side(sample: "Smoothed", finest: int) -> int:
-    """Return the largest side of bins whose expected errors are hardly larger than those of the finest."""
-    limit = Draft.of(sample, finest).expected_variance() * (1 + _VARIANCE_LOSS)
-    for side in (side for side in _SIDES if side > finest):
-        draft = Draft.of(sample, side)
+def best_binned(finest: "Draft") -> "Draft":
+    """Return templates of the largest side of bins whose expected errors are hardly larger than those of the finest."""
+    limit = finest.expected_variance() * (1 + _VARIANCE_LOSS)
+    for side in (side for side in _SIDES if side > finest.side):
+        draft = Draft.of(finest.smoothed, side)
         enough = np.count_nonzero(draft.support) >= _LEAST_USEFUL_BINS
         if enough and draft.expected_variance() <= limit < np.inf:
-            return side
+            return draft
     return finest
 
 
@@ -220,9 +221,10 @@ class Draft:
         fields = np.stack([*(slope[bins] for slope in self.slopes), self.soft[bins], np.ones(len(weight))])
         by_weights = fields * (weight * self.growth[bins])
         noise = box_means(self.smoothed.noise, self.side) / self.side**2
+        rows, columns = (self.side * places for places in np.nonzero(bins))
         shared = np.empty((4, len(lags)))
         for place, (y, x) in enumerate(lags):
-            there = weight * at_bins(noise, self.side, (y, x))[bins]
+            there = weight * noise[_within(rows + y, noise.shape[0]), _within(columns + x, noise.shape[1])]
             of_slopes, own = kernels[:, middle - y, middle - x], kernels[2, middle - y, middle - x]
             shared[:, place] = float(there.sum()) * of_slopes - (by_weights @ there) * own
         return shared
@@ -239,6 +241,11 @@ class Draft:
         for axis in (0, 1):
             kernel = scipy.ndimage.correlate1d(kernel, pairs, axis=axis, mode="constant")
         return reach, np.stack([_slope(kernel, 0), _slope(kernel, 1), kernel, np.zeros_like(kernel)])
+
+
+def _within(places: Indices, length: int) -> Indices:
+    """Return the nearest places that exist along an axis."""
+    return np.clip(places, 0, length - 1)
 
 
 def _slope(image: Image, axis: int) -> Image:

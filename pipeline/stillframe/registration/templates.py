@@ -19,8 +19,8 @@ from stillframe.registration.template_draft import (
     SIZE,
     Draft,
     Smoothed,
-    best_side,
-    best_smoothing,
+    best_binned,
+    best_smoothed,
     curvature,
     is_singular,
 )
@@ -139,14 +139,23 @@ def prepare_template(
     The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given.
     """
     sample = excerpt(image, mask)
-    width = smoothing or best_smoothing(*sample, noise)
-    if width is None and sample[0].size < image.size:  # the excerpt may contain too little of the pattern
+    draft = _finest(*sample, noise, smoothing)
+    if draft is None and sample[0].size < image.size:  # the excerpt may contain too little of the pattern
         sample = image, mask
-        width = best_smoothing(*sample, noise)
-    if width is None:
+        draft = _finest(*sample, noise, smoothing)
+    if draft is None:
         return None
-    side = best_side(Smoothed.of(*sample, noise, width), 1 if image.size <= _LARGEST_UNBINNED else 2)
-    return _template(Draft.of(Smoothed.of(image, mask, noise, width), side), noise, level)
+    draft = best_binned(draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2))
+    if sample[0].size < image.size:
+        draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
+    return _template(draft, noise, level)
+
+
+def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> Draft | None:
+    """Return templates of single pixels with the smoothing that is given or the best; None with too much noise."""
+    if smoothing:
+        return Draft.of(Smoothed.of(image, mask, noise, smoothing), 1)
+    return best_smoothed(image, mask, noise)
 
 
 def _template(draft: Draft, noise: Noise, level: float) -> Template | None:
