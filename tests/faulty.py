@@ -18,7 +18,8 @@ from synthetic import contents
 
 STORES = ("shifts.zarr", "aligned.zarr", "reference.zarr")
 SMALL = {"unit_frames": 4, "max_shift": 12, "reference_iterations": 1}
-PATIENCE = 120
+PATIENCE = 300
+"""Seconds that a process may take while others compile beside it on a machine of two cores."""
 LONG = os.environ.get("STILLFRAME_FAULTS") == "long"
 
 

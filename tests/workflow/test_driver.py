@@ -452,7 +452,7 @@ class TestBadInput:
         text = description.read_text()
         description.write_text(spoil(text))
         run(settings(stored, finished))
-        assert description.read_text() == text
+        assert json.loads(description.read_text())["origin"] == json.loads(text)["origin"]
         assert stores(finished) == stores(undisturbed)
 
     def test_changed_frames_of_the_reference_make_it_anew(self, stored, tmp_path):
