@@ -139,7 +139,7 @@ def borne(y, x, side=1):
 class Oracle:
     """One reference, in bins of some side; everything that no frame changes."""
 
-    def __init__(self, image, mask, gain, pedestal, width, side=1):
+    def __init__(self, image, mask, gain, pedestal, width, side=1, square=0):
         self.level, self.gain, self.side = image[mask].mean(), gain, side
         self.image = np.where(mask, image - self.level, 0)
         soft = smoothed(self.image, mask, width)
@@ -156,8 +156,25 @@ class Oracle:
         certain = structured(inner, information, noisy * noise_information(width, side), width, side)
         self.support = support(inner, information, side) if certain is None else certain
         self.noisy = np.sum(noisy[self.support])
-        self.templates = [part / self.v for part in (*along, self.bins(soft), np.ones_like(self.v))]
+        fields = self.without_local_changes(*along, self.bins(soft), square // side)
+        self.templates = [field / self.v for field in (*fields, np.ones_like(self.v))]
         self.shared = self.shared_noise(width, growth / self.v)
+
+    def without_local_changes(self, along_y, along_x, soft, square):
+        """Equation (53), square by square."""
+        out = np.stack([along_y, along_x, soft])
+        rows, columns = (length // square if square else 0 for length in soft.shape)
+        for i, j in np.ndindex(rows, columns):
+            place = np.zeros_like(self.support)
+            stops = (None if k + 1 == n else (k + 1) * square for k, n in ((i, rows), (j, columns)))
+            place[tuple(slice(k * square, stop) for k, stop in zip((i, j), stops, strict=True))] = True
+            place &= self.support
+            y, x = (position / square for position in np.nonzero(place))
+            terms = np.stack([np.ones_like(y), y, x, y**2, y * x, x**2, soft[place]]) / np.sqrt(self.v[place])
+            for k, basis in enumerate((terms, terms, terms[:6])):
+                wanted = out[k, place] / np.sqrt(self.v[place])
+                out[k, place] -= np.sqrt(self.v[place]) * (np.linalg.lstsq(basis.T, wanted)[0] @ basis)
+        return out
 
     def shared_noise(self, width, growth):
         """Equation (24) at all lags, (4, 7, 7)."""
@@ -223,6 +240,7 @@ class Oracle:
         meat[:2, :2] += a**2 * np.einsum("klij,i,j->kl", self.wander(), (y, x), (y, x))
         bread = np.linalg.inv(-scipy.optimize.approx_fprime(parameters, lacking, 1e-6))
         apart = max(np.sum(r * self.far(r)) / n, 0)
+        unexplained = max(self.local(r) / share, 0)
         inflation = self.inflation(r, apart, np.mean(r[kept] ** 2))
         return Result(
             shift=np.add(start, (y, x)),
@@ -230,7 +248,7 @@ class Oracle:
             gain=a,
             offset=b,
             variance=own,
-            mismatch=apart / (apart + a**2 * self.structure()),
+            mismatch=unexplained / (unexplained + a**2 * self.structure()),
             significance=a / np.sqrt((bread @ meat @ bread.T * inflation)[2, 2]),
             outliers=np.count_nonzero(self.support & ~kept),
             inflation=inflation,
@@ -292,8 +310,31 @@ class Oracle:
         step = -(-3 // self.side)
         return moved(image, -step, -step)
 
+    def farther(self, image):
+        """What stands A₀ bins above and B₀ to the left."""
+        down, across = (int(np.ceil(length / self.side)) for length in (3, round(max(12, 6 * self.width))))
+        return moved(image, -down, -across)
+
+    def products_of_pairs(self, image):
+        """C_A and C_B of (39)."""
+        here = self.support.astype(float)
+        return [np.sum(image * of(image)) / np.sum(here * of(here)) for of in (self.far, self.farther)]
+
+    def local(self, image):
+        """A of (39)."""
+        apart, far = self.products_of_pairs(image)
+        return apart - far * self.has_features()
+
+    def has_features(self):
+        """Whether the reference has structure that is not smooth, (39)."""
+        apart, far = self.products_of_pairs(self.standardized())
+        return apart - far > 0.03 * apart
+
+    def standardized(self):
+        """ρ of (39)."""
+        known, weights = self.bins(self.image), self.support / self.v
+        return self.support * (known - np.sum(known * weights) / weights.sum()) / np.sqrt(self.v)
+
     def structure(self):
         """E of (39)."""
-        known, weights = self.bins(self.image), self.support / self.v
-        known = self.support * (known - np.sum(known * weights) / weights.sum()) / np.sqrt(self.v)
-        return np.sum(known * self.far(known)) / np.sum(self.support * self.far(self.support.astype(float)))
+        return self.local(self.standardized())

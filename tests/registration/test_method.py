@@ -16,6 +16,7 @@ from stillframe.registration.acceptance import least_score, least_significance
 from stillframe.registration.coarse_search import _vertex
 from stillframe.registration.equations import newton
 from stillframe.registration.exact_search import ExactSearch, Tiles
+from stillframe.registration.local_changes import without_local_changes
 from stillframe.registration.masked_ncc import Correlator, Lags
 from stillframe.registration.peak import _Surface, find_peak, find_peaks
 from stillframe.registration.prepared_reference import prepare
@@ -168,14 +169,19 @@ class Scene:
         self.template, trusted = self.prepared.template, self.prepared.trusted.mask
         surveyed = self.prepared.survey(self.frame)
         self.estimate = refine(surveyed.single, surveyed.valid, (2, -1), self.template, self.prepared.score_image)
-        self.oracle = Oracle(image, trusted, 1.0, 0.0, width, side)
+        self.oracle = Oracle(image, trusted, 1.0, 0.0, width, side, self.template.square)
         self.expected = self.oracle.solve(self.frame, detector.mask, (2, -1))
         assert self.template.side == side
 
 
 @pytest.fixture(
     scope="module",
-    params=[((96, 100), "rings", 100.0, 1), ((96, 100), "spots", 300.0, 1), ((340, 330), "rings", 100.0, 2)],
+    params=[
+        ((96, 100), "rings", 100.0, 1),
+        ((96, 100), "spots", 300.0, 1),
+        ((340, 330), "rings", 100.0, 2),
+        ((260, 270), "spots", 100.0, 1),
+    ],
     ids=str,
 )
 def scene(request):
@@ -214,7 +220,7 @@ def test_equation_22_is_solved(scene):
 
 
 def test_equations_34_and_35_are_the_covariance(scene):
-    assert_same_covariance(scene, within=2e-3)
+    assert_same_covariance(scene, within=3e-3)
 
 
 def test_equations_36_and_37_are_the_noise_of_the_reference(scene):
@@ -230,14 +236,15 @@ def test_equation_38_counts_what_neighbours_share():
 
 
 def test_equations_39_and_40_are_the_mismatch(scene):
-    assert scene.template.structure == pytest.approx(scene.oracle.structure(), rel=1e-5)
-    assert scene.estimate.mismatch == pytest.approx(scene.expected.mismatch, abs=1e-4)
+    assert scene.template.local.amount == pytest.approx(scene.oracle.structure(), rel=1e-5)
+    # The difference of two sums of noise: single precision leaves two or three digits of it.
+    assert scene.estimate.mismatch == pytest.approx(scene.expected.mismatch, rel=0.05, abs=1e-4)
 
 
 def test_equation_25_is_the_variance_that_is_expected(scene):
     oracle = scene.oracle
     smoothed_reference = Smoothed.of(oracle.image, scene.prepared.trusted.mask, Noise(1.0, -oracle.level), 2.0)
-    draft = Draft.of(smoothed_reference, oracle.side)
+    draft = without_local_changes(Draft.of(smoothed_reference, oracle.side), scene.template.square)
     assert draft.expected_variance() == pytest.approx(oracle.expected_variance(), rel=1e-9)
 
 

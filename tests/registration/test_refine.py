@@ -67,7 +67,7 @@ def test_noise_of_one_variance_is_stated_by_a_gain_of_zero(pattern):
     frames = np.stack([rng.normal(draw.expected(shift), deviation) for shift in shifts])
     reference = Reference(draw.expected((0, 0)), draw.mask, max_shift=8, noise=(0, -1e-6))
     error, sigma = errors(match_frames(frames, reference), shifts)
-    assert (error.std(axis=0) < 1.2 * draw.bound(deviation**2)).all()
+    assert (error.std(axis=0) < 1.35 * draw.bound(deviation**2)).all()  # (53) costs a tenth in so small an image
     assert (error / sigma).std() == pytest.approx(1, abs=0.12)
 
 

@@ -121,9 +121,7 @@ def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, cor
     np.testing.assert_array_equal(changed.dark, images["dark"] + 1)
     np.testing.assert_array_equal(changed.flat, kept.flat)
     finish(recorded, tmp_path / "second", reference=path)
-    np.testing.assert_array_equal(
-        shifts_in(tmp_path / "second")["shift"].values, shifts_in(corrected)["shift"].values
-    )
+    np.testing.assert_array_equal(shifts_in(tmp_path / "second")["shift"].values, shifts_in(corrected)["shift"].values)
 
 
 def test_a_reference_with_both_or_without_is_stored_whole(images, tmp_path):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from stillframe.images.arrays import Float32, Image, Indices, Mask, Shift
 from stillframe.images.run_lengths import Runs
-from stillframe.registration.templates import LAGS, TAYLOR_TERMS, BinFields, add_model
+from stillframe.registration.templates import LAGS, TAYLOR_TERMS, BinFields, Distances, add_model
 
 Y, X, GAIN, OFFSET = 0, 1, 2, 3
 """Indices of the four equations."""
@@ -22,8 +22,8 @@ NEAR_PAIRS = 12
 """Number of neighbours of a bin at distances of up to two bins along both axes, one direction each."""
 _NEIGHBOURS_EVERY = 4
 """One in this many rows is compared with its neighbours."""
-_ROWS, _MARGIN = 4, 3
-"""Number of recent rows whose residuals are kept for products with later rows, and of columns beyond both ends."""
+_ROWS = 4
+"""Number of recent rows whose residuals are kept for products with later rows."""
 
 
 class Prediction(NamedTuple):
@@ -92,6 +92,8 @@ class PassSums(NamedTuple):
     """Σ r² over the reference's variance."""
     apart: float
     """Σ r r' of two bins that share no noise, each over the reference's standard deviation."""
+    far: float
+    """The same sum of two bins that share only what is smooth."""
     near: float
     """Σ r r' of neighbours at distances of up to two bins, in some rows, each over the reference's deviation."""
     pairs: int
@@ -110,6 +112,7 @@ class _ColumnSums(NamedTuple):
     squares: Float32
     """(column,)."""
     apart: Float32
+    far: Float32
     near: Float32
 
 
@@ -119,6 +122,8 @@ class _RecentRows(NamedTuple):
     residuals: Float32
     rows: Indices
     """Which row is kept at each place; −1 for none."""
+    margin: int
+    """Number of columns before and after, 0: the longest distance of two bins."""
 
 
 @numba.njit(nogil=True, cache=True)
@@ -129,7 +134,7 @@ def bin_pass(
     bins: BinFields,
     image: Float32,
     side: int,
-    apart: int,
+    distances: Distances,
     prediction: Prediction,
 ) -> PassSums:
     """Return the sums over the bins of a support: ``runs``, ``bins`` and other fields of its template.
@@ -144,8 +149,10 @@ def bin_pass(
         np.zeros(width, np.float32),
         np.zeros(width, np.float32),
         np.zeros(width, np.float32),
+        np.zeros(width, np.float32),
     )
-    recent = _RecentRows(np.zeros((_ROWS, width + 2 * _MARGIN), np.float32), -np.ones(_ROWS, np.int64))
+    margin = max(distances.apart, distances.far, 2)
+    recent = _RecentRows(np.zeros((_ROWS, width + 2 * margin), np.float32), -np.ones(_ROWS, np.int64), margin)
     omitted = Omitted(np.zeros((4, LAGS)), np.zeros(4), np.zeros((4, TAYLOR_TERMS)), 0)
     kept, patch = np.empty(width, np.uint8), np.empty(LAGS)
     soft_y, soft_x, soft, inverse_sigma = bins.soft_y, bins.soft_x, bins.soft, bins.inverse_sigma
@@ -155,12 +162,12 @@ def bin_pass(
         if recent.rows[row % _ROWS] != row:
             recent.residuals[row % _ROWS] = 0
             recent.rows[row % _ROWS] = row
-        residuals = recent.residuals[row % _ROWS, first + _MARGIN : stop + _MARGIN]
+        residuals = recent.residuals[row % _ROWS, first + margin : stop + margin]
         b = a + stop - first
         _residuals(means[row, first:stop], whole[row, first:stop], bins, a, prediction, residuals, kept)
         _add_shift_terms(residuals, soft_y[a:b], soft_x[a:b], inverse_sigma[a:b], columns, first)
         _add_gain_terms(residuals, soft_y[a:b], soft_x[a:b], soft[a:b], inverse_sigma[a:b], columns, first)
-        pairs += _add_pairs(recent, row, first, stop, apart, columns)
+        pairs += _add_pairs(recent, row, first, stop, distances, columns)
         for j in range(stop - first):
             if not kept[j] and whole[row, first + j] and inverse_sigma[a + j] > 0:
                 outliers += 1
@@ -250,15 +257,18 @@ def _add_gain_terms(
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_pairs(recent: _RecentRows, row: Any, first: int, stop: int, apart: int, columns: _ColumnSums) -> int:
+def _add_pairs(recent: _RecentRows, row: Any, first: int, stop: int, distances: Distances, columns: _ColumnSums) -> int:
     """Add products of one run with rows above; return the number of bins that were compared with their neighbours."""
-    residuals, rows = recent
-    begin, end = first + _MARGIN, stop + _MARGIN
+    residuals, rows, margin = recent
+    apart, far = distances
+    begin, end = first + margin, stop + margin
     here = residuals[row % _ROWS, begin:end]
     if rows[(row - apart) % _ROWS] != row - apart:
         return 0
     above = residuals[(row - apart) % _ROWS, begin - apart : end - apart]
     _add_products(here, above, columns.apart[first:stop])
+    distant = residuals[(row - apart) % _ROWS, begin - far : end - far]
+    _add_products(here, distant, columns.far[first:stop])
     if row % _NEIGHBOURS_EVERY:
         return 0
     for dy in range(3):
@@ -313,8 +323,9 @@ def _sum_up(columns: _ColumnSums, pairs: int, omitted: Omitted, outliers: int) -
         for n in range(k, 4):
             scatter[k, n] = scatter[n, k] = _total(columns.scatter[k, n])
     left_out = Omitted(omitted.model, omitted.totals, omitted.linear, outliers)
-    squares, apart, near = _total(columns.squares), _total(columns.apart), _total(columns.near)
-    return PassSums(residual, scatter, squares, apart, near, pairs, left_out)
+    squares, near = _total(columns.squares), _total(columns.near)
+    apart, far = _total(columns.apart), _total(columns.far)
+    return PassSums(residual, scatter, squares, apart, far, near, pairs, left_out)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -56,8 +56,10 @@ def estimate_of(
     if not np.isfinite(covariance).all():
         return None
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
-    unexplained, square = max(solution.sums.apart, 0.0) / used, solution.sums.squares / used
-    structure = unexplained + gain**2 * template.structure
+    sums, local = solution.sums, template.local
+    square, unexplained = sums.squares / used, max(local.of(sums.apart, sums.far, used), 0.0)
+    structure = unexplained + gain**2 * local.amount
+    deviation_of_noise = square * np.sqrt(sum(1 / share for share in local.partners if share) / used)
     return Estimate(
         shift=np.array(start) + parameters.shift,
         covariance=covariance[:2, :2],
@@ -66,7 +68,7 @@ def estimate_of(
         variance=parameters.variance * frame.scale**2,
         significance=gain / deviation if deviation > 0 else np.inf,
         mismatch=unexplained / structure if structure > 0 else 0.0,
-        mismatch_significance=unexplained / square * np.sqrt(used) if square > 0 else 0.0,
+        mismatch_significance=unexplained / deviation_of_noise if square > 0 else 0.0,
         start=start,
         product=product,
     )

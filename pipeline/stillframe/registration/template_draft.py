@@ -52,9 +52,9 @@ def best_smoothed(image: Image, mask: Mask, noise: Noise) -> "Draft | None":
     for width in _SMOOTHINGS:
         draft = Draft.of(Smoothed.of(image, mask, noise, width), 1)
         variance = draft.expected_variance()
-        if variance > least:
+        if least < variance < np.inf:  # where noise prevails at one width, a wider one may be better by far
             break
-        if np.isfinite(variance):
+        if variance < least:
             best, least = draft, variance
     return best
 

@@ -13,6 +13,7 @@ import numpy as np
 from stillframe.images.arrays import Float32, Image, Indices, Mask
 from stillframe.images.noise import Noise, excerpt
 from stillframe.images.run_lengths import Runs, runs_of
+from stillframe.registration.local_changes import best_square, without_local_changes
 from stillframe.registration.template_draft import (
     LEAST_BINS,
     REACH,
@@ -31,6 +32,10 @@ TAYLOR_TERMS = 6
 """The reference, its two slopes and its three second derivatives."""
 _APART = 3
 """Pixels this far apart along both axes share structure but no noise."""
+_FAR, _FAR_WIDTHS = 12, 6
+"""Pixels this far apart, or this many widths of the templates' Gaussian, share only what is smooth."""
+_LEAST_LOCAL = 0.03
+"""With a smaller fraction of its structure in features, the smooth structure of a reference counts as well."""
 _LARGEST_UNBINNED = 2**21
 """Larger images, in pixels, have bins of at least two pixels' side; else templates would need most of the memory."""
 _SAMPLED_BINS = 20_000
@@ -99,6 +104,30 @@ class Support:
     """Rows of bins that contain them."""
 
 
+class Distances(NamedTuple):
+    """Distances of the pairs of bins whose residuals are multiplied, bins."""
+
+    apart: int
+    """Along both axes, of bins that share structure but no noise."""
+    far: int
+    """Along x, of bins that share only what is smooth; along y they are :attr:`apart`."""
+
+
+class LocalStructure(NamedTuple):
+    """How much of a reference varies over short distances, as features do and a glow does not (39)."""
+
+    distances: Distances
+    partners: tuple[float, float]
+    """Fraction of the bins that have a partner in the support, at either distance; 0 if far bins do not count."""
+    amount: float
+    """Mean product of two standardized bins apart, less that of bins far apart."""
+
+    def of(self, apart: float, far: float, bins: int) -> float:
+        """Return the local structure from the sums of products of so many bins."""
+        of_apart, of_far = self.partners
+        return apart / (bins * of_apart) - (far / (bins * of_far) if of_far else 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Template:
     """All of a reference that the refinement needs and no frame changes."""
@@ -121,14 +150,13 @@ class Template:
     """The reference less its level where it has no counts."""
     smoothing: float
     """Standard deviation of the templates' Gaussian, pixels."""
+    square: int
+    """Side of the squares in which templates do not respond to local changes, pixels; 0 for none."""
     common: Image
     """Covariance (2, 2), px², of the common offset of all frames that the reference's noise causes (37)."""
-    apart: int
-    """Bins this far apart along both axes share structure but no noise."""
+    local: "LocalStructure"
     sharpest: float
     """Inverse standard deviation of a bin with twice the least variance; the background of others may be empty."""
-    structure: float
-    """Mean product of two bins that far apart, each less the mean and over its standard deviation."""
 
 
 def prepare_template(
@@ -146,9 +174,10 @@ def prepare_template(
     if draft is None:
         return None
     draft = best_binned(draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2))
+    square = best_square(draft)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
-    return _template(draft, noise, level)
+    return _template(without_local_changes(draft, square), square, noise, level)
 
 
 def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> Draft | None:
@@ -158,7 +187,7 @@ def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> 
     return best_smoothed(image, mask, noise)
 
 
-def _template(draft: Draft, noise: Noise, level: float) -> Template | None:
+def _template(draft: Draft, square: int, noise: Noise, level: float) -> Template | None:
     """Return the template of a draft; None with too few bins or structure along one direction only."""
     support, side = draft.support, draft.side
     if np.count_nonzero(support) < LEAST_BINS:
@@ -172,7 +201,6 @@ def _template(draft: Draft, noise: Noise, level: float) -> Template | None:
     rows, few = np.arange(step // 2, len(support), step), np.zeros_like(support)
     few[rows] = support[rows]
     inverse = np.linalg.inv(slope)
-    apart = -(-_APART // side)
     return Template(
         side=side,
         image=image,
@@ -183,10 +211,10 @@ def _template(draft: Draft, noise: Noise, level: float) -> Template | None:
         grain=noise.gain,
         zero=noise.pedestal if noise.gain > 0 else 0.0,
         smoothing=draft.smoothed.width,
+        square=square,
         common=inverse @ whole.products[:2, :2] @ inverse.T,
-        apart=apart,
+        local=_local_structure(draft.at(0, 0), draft),
         sharpest=1 / np.sqrt(2 * draft.variance[support].min()) if noise.gain > 0 else np.inf,
-        structure=_structure(draft.at(0, 0), draft.variance, support, apart),
     )
 
 
@@ -237,16 +265,31 @@ def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
     return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)
 
 
-def _structure(image: Image, variance: Image, support: Mask, apart: int) -> float:
-    """Return the mean product of two standardized bins a little apart (39), to which noise adds nothing.
+def _local_structure(image: Image, draft: Draft) -> LocalStructure:
+    """Return the local structure (39) of an image in bins, to which noise adds nothing.
 
-    That holds also for noise of whole rows or columns, as the bins differ in both.
+    That holds also for noise of whole rows or columns, as the two bins of a pair differ in both.
     """
+    support, variance, side = draft.support, draft.variance, draft.side
     inverse = 1 / variance[support]
     level = float(image[support] @ inverse / inverse.sum())
     standardized = np.where(support, (image - level) / np.sqrt(np.where(support, variance, 1)), 0)
-    pairs = np.count_nonzero(support[apart:, apart:] & support[:-apart, :-apart])
-    return float((standardized[apart:, apart:] * standardized[:-apart, :-apart]).sum() / max(pairs, 1))
+    distances = Distances(-(-_APART // side), -(-round(max(_FAR, _FAR_WIDTHS * draft.smoothed.width)) // side))
+    count = int(np.count_nonzero(support))
+    apart, far = (_pairs(standardized, distances.apart, step) for step in distances)
+    of_apart, of_far = (_pairs(support.astype(np.float64), distances.apart, step) / count for step in distances)
+    if not of_apart:
+        return LocalStructure(distances, (1.0, 0.0), 0.0)
+    both, all_structure = ((of_apart, of_far), (of_apart, 0.0))
+    found, smooth_too = (LocalStructure(distances, one, 0.0).of(apart, far, count) for one in (both, all_structure))
+    if found > _LEAST_LOCAL * smooth_too:
+        return LocalStructure(distances, both, found)
+    return LocalStructure(distances, all_structure, smooth_too)
+
+
+def _pairs(image: Image, down: int, across: int) -> float:
+    """Return the sum of the products of all pairs of bins at a distance along y and x."""
+    return float((image[down:, across:] * image[:-down, :-across]).sum())
 
 
 @numba.njit(nogil=True, cache=True)

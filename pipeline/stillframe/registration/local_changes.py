@@ -1,0 +1,89 @@
+"""Templates that smooth backgrounds and local changes of intensity do not move (53).
+
+What stays on the detector while the pattern drifts, and what pumping does to the pattern, is smooth or changes the
+intensity of single features. Templates that are orthogonal to both, square by square, do not respond to them. This
+takes no time per frame.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from stillframe.images.arrays import Image, Mask
+from stillframe.registration.template_draft import Draft
+
+_SIDES = (32, 64, 128, 256, 512)
+"""Sides of squares that are tried, pixels."""
+_WIDTHS = 8
+"""A square is at least this many widths of the templates' Gaussian wide, so that its polynomial follows no feature."""
+_ACROSS = 4
+"""At least this many squares lie along the shorter axis of the image."""
+_VARIANCE_LOSS = 0.05
+"""Squares may enlarge the variance of shifts by this fraction, compared with squares of the next larger side."""
+_LARGEST_LOSS = 2.0
+"""Squares may enlarge the variance of shifts by this factor compared with none, whose information may be background."""
+_SINGULAR = 1e-10
+"""Directions with a smaller fraction of the largest singular value are not determined by the bins of a square."""
+
+
+def best_square(draft: Draft) -> int:
+    """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors; 0 if there are none."""
+    least, most = _WIDTHS * draft.smoothed.width, min(draft.smoothed.image.shape) / _ACROSS
+    limit = _LARGEST_LOSS * draft.expected_variance()
+    smaller, variance_of_smaller = 0, np.inf
+    for side in (side for side in _SIDES if least <= side <= most):
+        variance = without_local_changes(draft, side).expected_variance()
+        if variance_of_smaller <= min(limit, (1 + _VARIANCE_LOSS) * variance):
+            return smaller
+        smaller, variance_of_smaller = side, variance
+    return smaller if variance_of_smaller <= limit else 0
+
+
+def without_local_changes(draft: Draft, square: int) -> Draft:
+    """Return templates that are orthogonal to local changes in squares of this side, pixels; as they are for 0.
+
+    The templates of the shift are orthogonal to parabolas and to the pattern itself, that of the gain to parabolas.
+    """
+    if not square:
+        return draft
+    slopes, soft = draft.slopes.copy(), draft.soft.copy()
+    for place in _squares(draft.support.shape, square // draft.side):
+        inside = draft.support[place]
+        if not inside.any():
+            continue
+        weight, pattern = draft.weight[place][inside], draft.soft[place][inside]
+        parabola = _parabola(inside)
+        slopes[:, *place][:, inside] = _remainder(slopes[:, *place][:, inside], np.vstack([parabola, pattern]), weight)
+        soft[place][inside] = _remainder(pattern[None], parabola, weight)[0]
+    return replace(draft, slopes=slopes, soft=soft)
+
+
+def _squares(shape: tuple[int, ...], side: int) -> Iterator[tuple[slice, slice]]:
+    """Yield all squares of this side, bins; the last ones of rows and columns are larger."""
+    rows, columns = (_parts(length, side) for length in shape)
+    return ((row, column) for row in rows for column in columns)
+
+
+def _parts(length: int, side: int) -> list[slice]:
+    starts = [side * place for place in range(max(1, length // side))]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length], strict=True)]
+
+
+def _parabola(inside: Mask) -> Image:
+    """Return the terms of a parabola over the bins of a square, (6, bin)."""
+    y, x = (2 * places / max(length, 1) - 1 for places, length in zip(np.nonzero(inside), inside.shape, strict=True))
+    return np.stack([np.ones_like(y), y, x, y * y, y * x, x * x])
+
+
+def _remainder(fields: Image, terms: Image, weight: Image) -> Image:
+    """Return fields (k, bin) less the combination of terms (n, bin) that fits them best."""
+    root = np.sqrt(weight)
+    scale = np.sqrt((terms**2 @ weight)[:, None])
+    basis = np.divide(terms * root, scale, out=np.zeros_like(terms), where=scale > 0)
+    values, vectors = np.linalg.eigh(basis @ basis.T)
+    kept = vectors[:, values > _SINGULAR * values[-1]]
+    orthonormal = (kept / np.sqrt(values[values > _SINGULAR * values[-1]])).T @ basis
+    scaled = fields * root
+    remainder = scaled - (scaled @ orthonormal.T) @ orthonormal
+    return np.asarray(np.divide(remainder, root, out=np.zeros_like(remainder), where=root > 0))
