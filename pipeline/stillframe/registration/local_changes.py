@@ -27,26 +27,28 @@ _SINGULAR = 1e-10
 """Directions with a smaller fraction of the largest singular value are not determined by the bins of a square."""
 
 
-def best_square(draft: Draft) -> int:
-    """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors; 0 if there are none."""
+def choose_square(draft: Draft) -> tuple[int, Draft]:
+    """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors, and templates for them.
+
+    The side is 0 and the templates are as they were if there are no such squares.
+    """
     least, most = _WIDTHS * draft.smoothed.width, min(draft.smoothed.image.shape) / _ACROSS
     limit = _LARGEST_LOSS * draft.expected_variance()
-    smaller, variance_of_smaller = 0, np.inf
-    for side in (side for side in _SIDES if least <= side <= most):
-        variance = without_local_changes(draft, side).expected_variance()
-        if variance_of_smaller <= min(limit, (1 + _VARIANCE_LOSS) * variance):
-            return smaller
-        smaller, variance_of_smaller = side, variance
-    return smaller if variance_of_smaller <= limit else 0
+    square, best = 0, draft
+    for side in (side for side in reversed(_SIDES) if least <= side <= most):
+        smaller = without_local_changes(draft, side)
+        variance = smaller.expected_variance()
+        if not variance <= limit < np.inf:
+            break
+        square, best, limit = side, smaller, min(limit, (1 + _VARIANCE_LOSS) * variance)
+    return square, best
 
 
 def without_local_changes(draft: Draft, square: int) -> Draft:
-    """Return templates that are orthogonal to local changes in squares of this side, pixels; as they are for 0.
+    """Return templates that are orthogonal to local changes in squares of this side, pixels.
 
     The templates of the shift are orthogonal to parabolas and to the pattern itself, that of the gain to parabolas.
     """
-    if not square:
-        return draft
     slopes, soft = draft.slopes.copy(), draft.soft.copy()
     for place in _squares(draft.support.shape, square // draft.side):
         inside = draft.support[place]

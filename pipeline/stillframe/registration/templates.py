@@ -13,7 +13,7 @@ import numpy as np
 from stillframe.images.arrays import Float32, Image, Indices, Mask
 from stillframe.images.noise import Noise, excerpt
 from stillframe.images.run_lengths import Runs, runs_of
-from stillframe.registration.local_changes import best_square, without_local_changes
+from stillframe.registration.local_changes import choose_square
 from stillframe.registration.template_draft import (
     LEAST_BINS,
     REACH,
@@ -174,10 +174,9 @@ def prepare_template(
     if draft is None:
         return None
     draft = best_binned(draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2))
-    square = best_square(draft)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
-    return _template(without_local_changes(draft, square), square, noise, level)
+    return _template(*choose_square(draft), noise, level)
 
 
 def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> Draft | None:
@@ -187,7 +186,7 @@ def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> 
     return best_smoothed(image, mask, noise)
 
 
-def _template(draft: Draft, square: int, noise: Noise, level: float) -> Template | None:
+def _template(square: int, draft: Draft, noise: Noise, level: float) -> Template | None:
     """Return the template of a draft; None with too few bins or structure along one direction only."""
     support, side = draft.support, draft.side
     if np.count_nonzero(support) < LEAST_BINS:
