@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stillframe.images.hot_pixels import isolated_pixels
+from stillframe.images.hot_pixels import bad_pixels, isolated_pixels
 from stillframe.images.noise import Noise
 
 COUNTS = Noise(1.0, 0.0)
@@ -50,3 +50,55 @@ def test_too_many_are_a_texture():
     image = ground()
     image[::4, ::4] = 5000
     assert not isolated_pixels(image, np.ones(image.shape, bool), COUNTS).any()
+
+
+class TestBadPixels:
+    """Hot and dead pixels in a plain mean of frames that have moved."""
+
+    def scene(self, level=60.0, seed=0):
+        rng = np.random.default_rng(seed)
+        y, x = np.indices((160, 150))
+        rings = np.exp(-(((np.hypot(y - 80, x - 70) - 45) / 5) ** 2) / 2)
+        return rng, rng.poisson(16 * level * (0.1 + rings)) / 16, np.ones((160, 150), bool)
+
+    @pytest.mark.parametrize("level", [1.0, 60.0])
+    def test_are_found_where_three_in_a_hundred_are_hot(self, level):
+        rng, image, mask = self.scene(level)
+        hot = rng.random(image.shape) < 0.03
+        image += hot * level * rng.uniform(3, 40, image.shape)
+        found = bad_pixels(image, mask)
+        assert (found & hot).sum() > 0.98 * hot.sum()
+        assert (found & ~hot).sum() < 0.001 * image.size
+
+    def test_are_dead_ones_too(self):
+        _, image, mask = self.scene()
+        image[80, 115], image[35, 70] = 0, 0
+        assert np.argwhere(bad_pixels(image, mask)).tolist() == [[35, 70], [80, 115]]
+
+    @pytest.mark.parametrize("line", [np.s_[100], np.s_[:, 33]])
+    def test_are_those_of_a_row_or_column(self, line):
+        _, image, mask = self.scene()
+        image[line] += 50
+        found = bad_pixels(image, mask)
+        assert found[line].all()
+        assert found.sum() <= found[line].sum() + 2
+
+    @pytest.mark.parametrize("width", [0.6, 1.0, 2.0])
+    def test_are_no_spots_of_a_crystal(self, width):
+        rng = np.random.default_rng(1)
+        y, x = np.indices((160, 150))
+        spots = sum(np.exp(-((y - a) ** 2 + (x - b) ** 2) / 2 / width**2) for a, b in rng.uniform(5, 145, (90, 2)))
+        image = rng.poisson(16 * (300 * spots + 2)) / 16
+        found = bad_pixels(image, np.ones(image.shape, bool))
+        assert not (found & (spots > 0.01)).any()
+        assert found.sum() <= 2  # counts of the background
+
+    def test_are_no_texture(self):
+        rng, image, mask = self.scene()
+        assert not bad_pixels(image * np.maximum(rng.normal(1, 0.1, image.shape), 0.1), mask).any()
+        assert not bad_pixels(np.where(rng.random(image.shape) < 0.2, 50 * image, image), mask).any()
+
+    def test_are_none_behind_a_mask(self):
+        _, image, mask = self.scene()
+        image[80, 115], mask[80, 115] = 5000, False
+        assert not bad_pixels(image, mask).any()

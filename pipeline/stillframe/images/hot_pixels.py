@@ -6,6 +6,7 @@ stands alone. Outliers from a model of the frame are detected by their residual 
 
 import numpy as np
 import numpy.typing as npt
+import scipy.ndimage
 
 from stillframe.images.arrays import Image, Mask, Pixels
 from stillframe.images.noise import Noise, residual_limit, smooth, variance_of
@@ -24,6 +25,18 @@ _HALF_WIDTH = 2
 """Half width of the square of neighbours, pixels."""
 _LEAST_NEIGHBOURS = 8
 """At least this many valid pixels besides the pixel itself are needed in that square."""
+_LARGEST_BAD_FRACTION = 0.1
+"""More hot and dead pixels than this fraction of all are a texture of the pattern or of the detector."""
+_BAD_DEVIATIONS = 6.0
+"""A bad pixel differs from its surroundings in a mean of frames by at least this many standard deviations."""
+_BAD_ROUNDS = 5
+"""Rounds in which bad pixels are found: those next to others stand alone once these are left out."""
+_LEAST_LINE = 32
+"""Valid pixels that a row or column needs to be judged as a whole."""
+_GROUP_PIXELS, _MOST_GROUPS = 1000, 64
+"""Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
+_NORMAL_MEDIAN = 0.6745
+"""Median absolute value of a standard normal distribution."""
 _BATCH = 2**16
 """Number of pixels whose neighbours are held in memory at a time."""
 
@@ -51,17 +64,79 @@ def isolated_pixels(image: Image, mask: Mask, noise: Noise) -> Mask:
     return isolated if few else np.zeros_like(mask)
 
 
-def _stand_alone(image: Image, mask: Mask, rows: Pixels, columns: Pixels, limits: Image) -> npt.NDArray[np.bool_]:
-    """Return for each candidate whether it exceeds its limit and fewer than three pixels reach a comparable height."""
+def bad_pixels(image: Image, mask: Mask) -> Mask:
+    """Return True for hot and dead pixels, rows and columns of a mean of frames (54).
+
+    Such pixels stand alone, far above or below their surroundings; of a bad row or column most pixels do. The noise is
+    the median deviation from the surroundings, since many bad pixels spoil any mean. Too many bad pixels are a texture;
+    none is marked then.
+
+    Examples
+    --------
+    >>> image = np.random.default_rng(0).poisson(200.0, (32, 32)).astype(float)
+    >>> image[5, 7], image[20, 3] = 500, 0
+    >>> np.argwhere(bad_pixels(image, image > -1))
+    array([[ 5,  7],
+           [20,  3]])
+    """
+    bad = np.zeros_like(mask)
+    for _ in range(_BAD_ROUNDS):
+        ground = _median_around(image, mask & ~bad)
+        limit = _BAD_DEVIATIONS * _deviation_around(image, ground, mask & ~bad)
+        found = _bad_lines(np.abs(image - ground) > limit, mask & ~bad)
+        for sign in (1, -1):
+            rows, columns = np.nonzero(mask & ~bad & ~found & (sign * (image - ground) > limit))
+            found[rows, columns] |= _stand_alone(sign * image, mask & ~bad, rows, columns, limit[rows, columns], 1)
+        if not found.any():
+            break
+        bad |= found
+    few = np.count_nonzero(bad) <= _LARGEST_BAD_FRACTION * np.count_nonzero(mask)
+    return bad if few else np.zeros_like(mask)
+
+
+def _bad_lines(outside: Mask, valid: Mask) -> Mask:
+    """Return True for the valid pixels of rows and columns most of whose valid pixels are outside of their limits."""
+    lines = np.zeros_like(valid)
+    for axis in (0, 1):
+        counts, out = np.count_nonzero(valid, axis=axis), np.count_nonzero(outside & valid, axis=axis)
+        bad = (2 * out > counts) & (counts >= _LEAST_LINE)
+        lines |= np.expand_dims(bad, axis)
+    return np.asarray(lines & valid)
+
+
+def _median_around(image: Image, mask: Mask) -> Image:
+    """Return the median of the 5×5 pixels around each pixel; invalid ones count as their smoothed surroundings."""
+    filled = np.where(mask, image, smooth(image, mask, _SMOOTHING))
+    return np.asarray(scipy.ndimage.median_filter(filled, size=2 * _HALF_WIDTH + 1, mode="nearest"))
+
+
+def _deviation_around(image: Image, ground: Image, mask: Mask) -> Image:
+    """Return the standard deviation of pixels around these medians, measured at pixels of like medians (54)."""
+    order = np.argsort(ground[mask], kind="stable")
+    groups = np.array_split(order, np.clip(len(order) // _GROUP_PIXELS, 1, _MOST_GROUPS))
+    levels, deviations = ground[mask], np.abs(image - ground)[mask]
+    middles = [float(np.median(levels[group])) for group in groups]
+    scatter = [float(np.median(deviations[group])) / _NORMAL_MEDIAN for group in groups]
+    return np.interp(ground, middles, scatter)
+
+
+def _stand_alone(
+    image: Image, mask: Mask, rows: Pixels, columns: Pixels, limits: Image, reach: int = _HALF_WIDTH
+) -> npt.NDArray[np.bool_]:
+    """Return for each candidate whether it exceeds its limit and fewer than three pixels reach a comparable height.
+
+    Only pixels within ``reach`` are compared, which is 2 at most; the ground is always the median of 5×5.
+    """
     offsets = np.arange(-_HALF_WIDTH, _HALF_WIDTH + 1)
     padded = np.pad(np.where(mask, image, np.nan), _HALF_WIDTH, constant_values=np.nan)
-    out = np.zeros(len(rows), np.bool_)
+    out, near = np.zeros(len(rows), np.bool_), (np.abs(offsets[:, None]) <= reach) & (np.abs(offsets) <= reach)
     for batch in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)) if len(rows) else ():
         y, x = rows[batch, None, None] + _HALF_WIDTH, columns[batch, None, None] + _HALF_WIDTH
         values = padded[y + offsets[:, None], x + offsets].reshape(len(batch), -1)
         ground = np.nanmedian(values, axis=1)
         height = image[rows[batch], columns[batch]] - ground
-        comparable = np.count_nonzero(values - ground[:, None] > _COMPARABLE_HEIGHT * height[:, None], axis=1)
+        compared = values[:, near.ravel()] - ground[:, None]
+        comparable = np.count_nonzero(compared > _COMPARABLE_HEIGHT * height[:, None], axis=1)
         enough = np.count_nonzero(np.isfinite(values), axis=1) > _LEAST_NEIGHBOURS
         out[batch] = enough & (height > limits[batch]) & (comparable < _SPOT_PIXELS)
     return out

@@ -35,6 +35,7 @@ from stillframe.registration.reference_frames import (
     one_frame,
     refuse_wrapped,
     sample_frames,
+    standing_out,
     unsaturated,
 )
 from stillframe.registration.refine import refine
@@ -50,6 +51,8 @@ _OUTLIER = 5.0
 """Residuals beyond this many standard deviations, corrected for the skewness of counts, do not enter the mean."""
 _MODEL_ERROR = 0.1
 """Error of the model that is tolerated besides, as a fraction of the intensity."""
+_LEAST_TRIMMED = 4
+"""In the first round, the highest value of each pixel is left out if at least so many frames observed it."""
 _LEAST_VARIANCE = 1e-3
 """A frame whose variance is a smaller fraction of the reference's was aligned with itself."""
 
@@ -62,7 +65,8 @@ def build_reference(
     ``use`` chooses from the indices, by default 16 usable frames that are spread over all, or without rounds, which
     undo the drift between them, 16 neighbours in the middle. ``iterations`` is the number of rounds of
     :func:`iterated_reference`, ``options`` are arguments of :class:`~stillframe.Reference`. Frames are read as
-    recorded; the image is in corrected counts. Pixels that are saturated in almost every frame are invalid.
+    recorded; the image is in corrected counts. Pixels that are saturated in almost every frame are invalid, and so
+    are hot and dead pixels that show in the plain mean.
     """
     if not len(indices):
         raise ValueError("a reference is to be made of frames, but there are none. Give a stack with frames.")
@@ -90,11 +94,14 @@ def build_reference(
         # Two aligned frames share too much of their noise for it to be measured.
         chosen = chosen[:1]
     mean = mean_image(read, chosen, on_detector, saturation, corrections)
+    good = on_detector & ~standing_out(mean, on_detector)
     history = f"mean of {mean.used} of {len(asked)} frames, not aligned"
-    first = Reference(mean.image, on_detector & mean.observed, history=history, **options)
+    first = Reference(mean.image, good & mean.observed, history=history, **(options | {"frame_mask": good}))
     # The frames of the mean are moved by fractions of a pixel even if those of the run are not.
     made = iterated_reference(read, chosen, first.replace(subpixel=True), iterations, len(asked))
-    return made.replace(subpixel=first.options.subpixel)
+    bad = np.count_nonzero(on_detector & ~good)
+    history = f"{made.history}, without {bad} hot or dead pixels" if bad else made.history
+    return made.replace(subpixel=first.options.subpixel, history=history)
 
 
 def iterated_reference(
@@ -227,11 +234,11 @@ def _sum_aligned(read: Read, indices: Sequence[int], guide: Reference, with_mode
     prepared = prepare(guide)
     assert prepared.template is not None
     model = _model_of(guide, prepared.template) if with_model else None
-    total = _AlignedSum(guide, prepared, prepared.template, model, *np.zeros((3, *guide.shape)))
+    total = _AlignedSum(guide, prepared, prepared.template, model, *np.zeros((5, *guide.shape)))
     for first in range(0, len(indices), BATCH):
         for frame in read(indices[first : first + BATCH]):
             total.add(frame)
-    return total
+    return total if with_model or total.used < _LEAST_TRIMMED else total.without_highest()
 
 
 def _model_of(reference: Reference, template: Template) -> Image:
@@ -257,6 +264,10 @@ class _AlignedSum:
     """Sum of the gains of the frames that observed the pixel."""
     counts: Image
     """Number of frames that observed the pixel."""
+    highest: Image
+    """Largest of the aligned frames less their offsets."""
+    gain_of_highest: Image
+    """Gain of the frame that it is of."""
     estimates: list[Estimate] = field(default_factory=list)
 
     @property
@@ -279,6 +290,15 @@ class _AlignedSum:
         total, gains, counts = self.total + other.total, self.gains + other.gains, self.counts + other.counts
         return replace(self, total=total, gains=gains, counts=counts, estimates=self.estimates + other.estimates)
 
+    def without_highest(self) -> "_AlignedSum":
+        """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""
+        several = self.counts >= _LEAST_TRIMMED
+        total, gains = (
+            one - np.where(several, highest, 0)
+            for one, highest in ((self.total, self.highest), (self.gains, self.gain_of_highest))
+        )
+        return replace(self, total=total, gains=gains)
+
     def add(self, frame: Pixels) -> None:
         """Align a frame and add its pixels that are no outliers; a frame without a shift is left out."""
         (match,) = match_frames(frame[None], self.guide)
@@ -296,7 +316,10 @@ class _AlignedSum:
         kept = self._without_outliers(values, estimate) & below
         (aligned,) = resample_frames(values[None], estimate.shift[None], kept, interpolation="cubic")
         observed = np.isfinite(aligned)
-        self.total[observed] += aligned[observed] - estimate.offset
+        above = np.where(observed, aligned - estimate.offset, 0)
+        higher = observed & ((above > self.highest) | (self.counts == 0))
+        self.highest[higher], self.gain_of_highest[higher] = above[higher], estimate.gain
+        self.total += above
         self.gains[observed] += estimate.gain
         self.counts[observed] += 1
         self.estimates.append(estimate)

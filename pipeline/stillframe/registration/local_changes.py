@@ -23,6 +23,8 @@ _VARIANCE_LOSS = 0.05
 """Squares may enlarge the variance of shifts by this fraction, compared with squares of the next larger side."""
 _LARGEST_LOSS = 2.0
 """Squares may enlarge the variance of shifts by this factor compared with none, whose information may be background."""
+_LARGEST_SHARED_NOISE = 0.2
+"""A larger fraction of shared noise in the gain's equation means that noise hides the features of the reference."""
 _SINGULAR = 1e-10
 """Directions with a smaller fraction of the largest singular value are not determined by the bins of a square."""
 
@@ -30,7 +32,8 @@ _SINGULAR = 1e-10
 def choose_square(draft: Draft) -> tuple[int, Draft]:
     """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors, and templates for them.
 
-    The side is 0 and the templates are as they were if there are no such squares.
+    The side is 0 and the templates are as they were if there are no such squares, or if noise hides the features: the
+    glow is all that such a reference shows, as a single frame with few counts.
     """
     least, most = _WIDTHS * draft.smoothed.width, min(draft.smoothed.image.shape) / _ACROSS
     limit = _LARGEST_LOSS * draft.expected_variance()
@@ -38,7 +41,7 @@ def choose_square(draft: Draft) -> tuple[int, Draft]:
     for side in (side for side in reversed(_SIDES) if least <= side <= most):
         smaller = without_local_changes(draft, side)
         variance = smaller.expected_variance()
-        if not variance <= limit < np.inf:
+        if not variance <= limit < np.inf or not _shows_features(smaller):
             break
         square, best, limit = side, smaller, min(limit, (1 + _VARIANCE_LOSS) * variance)
     return square, best
@@ -59,6 +62,13 @@ def without_local_changes(draft: Draft, square: int) -> Draft:
         slopes[:, *place][:, inside] = _remainder(slopes[:, *place][:, inside], np.vstack([parabola, pattern]), weight)
         soft[place][inside] = _remainder(pattern[None], parabola, weight)[0]
     return replace(draft, slopes=slopes, soft=soft)
+
+
+def _shows_features(draft: Draft) -> bool:
+    """Return whether the gain's equation has more of the pattern than of the noise shared with its template (24)."""
+    template, image = (draft.weight * draft.soft)[draft.support], draft.at(0, 0)[draft.support]
+    shared = float(draft.shared_noise(draft.support, [(0, 0)])[2, 0])
+    return abs(shared) < _LARGEST_SHARED_NOISE * float(template @ image)
 
 
 def _squares(shape: tuple[int, ...], side: int) -> Iterator[tuple[slice, slice]]:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stillframe.images.arrays import Float32, Mask, Pixels, as_mask, native, real, saturation_limit
+from stillframe.images.arrays import Float32, Image, Mask, Pixels, as_mask, native, real, saturation_limit
 from stillframe.images.corrections import Corrections
+from stillframe.images.hot_pixels import bad_pixels
 from stillframe.images.run_lengths import RowRuns, ValidPixels
 from stillframe.images.statistics import Statistics, statistics
 from stillframe.registration.acceptance import unusable
@@ -25,6 +26,8 @@ _ALMOST_EVERY = 0.9
 """A pixel that is saturated in this fraction of the frames is a fault of the detector, and no signal."""
 _LEAST_SAMPLE = 4
 """Number of frames that are needed to tell such a pixel."""
+_LEAST_MEAN = 8
+"""A pixel that stands out of the mean of at least so many frames is bad: a single hit weighs less there."""
 _WRAPPED_RANGE = 16
 """Wrapped pixels lie in the highest of so many equal parts of the dtype's range, dim ones in the lowest."""
 _WRAPPED_FRACTION = 0.01
@@ -149,6 +152,8 @@ class MeanImage(NamedTuple):
     """True = not saturated in at least half of the frames."""
     used: int
     """Number of frames."""
+    lasting: Image
+    """The mean without the two highest values of each pixel: what lasts, and is no hit."""
 
 
 def mean_image(
@@ -156,18 +161,23 @@ def mean_image(
 ) -> MeanImage:
     """Return the mean of the usable frames; ``ValueError`` if no frame is usable."""
     total, counts, used = np.zeros(mask.shape), np.zeros(mask.shape), 0
+    highest, second = np.full((2, *mask.shape), -np.inf)
     for first in range(0, len(chosen), BATCH):
         frames = read(chosen[first : first + BATCH])
         for frame in frames[usable_frames(frames, mask, saturation=saturation, corrections=corrections)]:
             below = unsaturated(frame, saturation)
-            total += np.where(below, corrected(frame, corrections), 0)
+            values = np.where(below, corrected(frame, corrections), 0)
+            total += values
+            second = np.maximum(second, np.minimum(highest, values))
+            highest = np.maximum(highest, values)
             counts, used = counts + below, used + 1
     if not used:
         raise ValueError(
             f"of the {len(chosen)} frames asked for as reference none is usable: all are dark, constant, saturated, "
             "hold NaN or cannot be read. Choose others."
         )
-    return MeanImage((total / np.maximum(counts, 1)).astype(np.float32), counts >= used / 2, used)
+    lasting = (total - highest - second) / np.maximum(counts - 2, 1) if used > 2 else total
+    return MeanImage((total / np.maximum(counts, 1)).astype(np.float32), counts >= used / 2, used, lasting)
 
 
 def corrected(frame: Pixels, corrections: Corrections | None) -> Pixels:
@@ -199,6 +209,13 @@ def never_saturated(sample: Pixels, mask: Mask, saturation: float | None) -> Mas
         below += unsaturated(frame, saturation)
     kept = mask & (below > (1 - _ALMOST_EVERY) * len(sample))
     return kept if 2 * np.count_nonzero(kept) > np.count_nonzero(mask) else mask
+
+
+def standing_out(mean: MeanImage, mask: Mask) -> Mask:
+    """Return True for hot and dead pixels of a plain mean; of few frames there are none, as hits look alike."""
+    if mean.used < _LEAST_MEAN:
+        return np.zeros_like(mask)
+    return bad_pixels(mean.lasting, mask & mean.observed)
 
 
 def refuse_wrapped(sample: Pixels, mask: Mask) -> None:

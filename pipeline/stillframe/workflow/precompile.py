@@ -40,7 +40,7 @@ class Compile:
 
     def __call__(self, half: Half) -> None:
         """Compile a half of the kernel, or load it from the cache."""
-        experiment = Experiment(frames=2, shape=(_SIZE, _SIZE), dose=20.0, seed=0)
+        experiment = Experiment(frames=2, shape=(_SIZE, _SIZE), dose=20.0, max_drift=1.0, seed=0)
         fixed, frame = (experiment.render(index).astype(self.dtype) for index in (0, 1))
         image = Reference(fixed, experiment.detector.mask, max_shift=_REACH)
         reference = prepare(image.replace(flat=np.ones((_SIZE, _SIZE))) if self.corrected else image)
