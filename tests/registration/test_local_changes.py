@@ -34,7 +34,7 @@ PATTERNS = {"rings": (rings, 30.0), "spots": (spots, 30.0)}
 SCATTER = np.exp(-((Y[:, None] - 10) ** 2 + (X + 15) ** 2) / 2 / 38**2)
 
 
-def stack(expected, seed=0, frames=40):
+def stack(expected, seed=0, frames=30):
     """Poisson frames of what a function of shift and number expects, and their shifts."""
     rng = np.random.default_rng(seed)
     shifts = rng.uniform(-6, 6, (frames, 2))
@@ -94,7 +94,7 @@ def test_what_pumping_changes_does_not_move_the_pattern(kind, change):
         added = changed.pop("added", 0.0)
         return dose * pattern(shift, **changed) + added
 
-    frames, shifts = stack(expected, seed=2, frames=60)
+    frames, shifts = stack(expected, seed=2, frames=50)
     reference = make_reference(frames, blocked(SHAPE), use=slice(16), iterations=3, max_shift=12)
     matches = match_frames(frames, reference)
     assert not matches["flag"].any()
@@ -102,13 +102,13 @@ def test_what_pumping_changes_does_not_move_the_pattern(kind, change):
     assert relative[20:].std() < 1.25
 
 
-@pytest.mark.parametrize("dose", [3.0, 30.0, 300.0])
+@pytest.mark.parametrize("dose", [3.0, 300.0])
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_another_sample_with_the_same_glow_is_no_match(kind, dose):
     pattern, _ = PATTERNS[kind]
     others = np.random.default_rng(8).uniform(-120, 120, (70, 3)) * (1, 1, 1 / 300) + (0, 0, 0.6)
     other = {"scale": 1.21} if kind == "rings" else {"nodes": others}
-    frames, _ = stack(lambda shift, number: dose * pattern(shift, **(other if number >= 16 else {})), frames=40)
+    frames, _ = stack(lambda shift, number: dose * pattern(shift, **(other if number >= 16 else {})), frames=24)
     reference = make_reference(frames, blocked(SHAPE), use=slice(16), iterations=3, max_shift=12)
     matches = match_frames(frames, reference)
     assert not matches["flag"][:16].any()

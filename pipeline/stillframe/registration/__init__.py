@@ -6,7 +6,7 @@ A frame, step by step (:mod:`.match` calls the steps, METHOD.md derives the numb
    :mod:`.prepared_reference` what is computed from it once.
 2. :mod:`.coarse_search` and :mod:`.exact_search` score all shifts in a window, :mod:`.peak` takes the highest.
 3. :mod:`.refine` goes on to fractions of a pixel: :mod:`.templates` of the reference (chosen in
-   :mod:`.template_draft`), :mod:`.bin_pass` over the frame,
+   :mod:`.template_draft`, made blind to backgrounds in :mod:`.local_changes`), :mod:`.bin_pass` over the frame,
    :mod:`.equations` and their solution, :mod:`.estimate` with the covariance.
 4. :mod:`.ncc_at_shift` the score of single pixels there.
 5. :mod:`.acceptance` judges frames, peaks and shifts, with all thresholds (:mod:`.refine` itself gives up solutions far

@@ -77,8 +77,9 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
     searched in bins first, and pixel by pixel where these leave a doubt. From there weighted estimating equations are
     solved for the fraction of a pixel (:mod:`stillframe.registration.refine`). ``sigma`` is the error that differs from
     frame to frame. The noise of the reference shifts all frames by one common offset, which does not change the motion
-    between them; its covariance is ``template.common`` of the prepared reference. Errors from a background fixed to the
-    detector or from a changing pattern are not included. Where the reference holds too little structure for a
+    between them; its covariance is ``template.common`` of the prepared reference. Smooth
+    backgrounds, and features that change their intensity, do not move it (:mod:`~.local_changes`). Errors from sharp
+    edges that stay on the detector are not included. Where the reference holds too little structure for a
     refinement, shifts are whole pixels and sigma is that of rounding, 12^-½ px.
 
     Pixels far brighter than the reference allows are clipped before the search. Saturated pixels are left out of search
