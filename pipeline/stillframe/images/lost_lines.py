@@ -1,4 +1,4 @@
-"""Rows and columns of a frame that were lost on the way: all their pixels have one value, where there should be counts.
+"""Lost rows and columns of a frame: all their pixels have the same value, where counts should differ.
 
 The sums over bins of the first pass over a frame show them: a row of bins of which all are equal. That is looked at in
 passing, since the first two bins of a row differ as a rule. Only where a row is left, pixels are read again.

@@ -127,7 +127,7 @@ class CoarseSearch:
 
     @cached_property
     def resolves_pattern(self) -> bool:
-        """Whether the true peak is the highest wherever its top lies between the bins.
+        """Return whether the true peak stays the highest, wherever its maximum lies between the centres of bins.
 
         The reference without noise is moved by fractions of a bin, in both directions, under the mask of the frames.
         """

@@ -27,7 +27,7 @@ from stillframe.workflow.staleness import (
     unit_state,
 )
 
-if TYPE_CHECKING:  # loads numba and zarr, which a status does without
+if TYPE_CHECKING:  # Imported here: it loads numba and zarr, which `status` does not need.
     from stillframe.workflow.begin import RunDependencies
 
 _AT_ONCE = 8
