@@ -141,25 +141,45 @@ def test_killed_schedulers(scenario, stored, tmp_path, many, tried):
     tried(f"SIGKILL of the scheduler, {options['interpolation']}", kills)
 
 
-def test_a_unit_that_kills_its_worker_does_not_loop_for_ever(stored, tmp_path, tried):
-    """As when a library crashes on some frames: all others are done, and a later run tries just those."""
-    out, reference = tmp_path / "run", tmp_path / "reference"
-    finish(stored, reference, **OPTIONS)
+def crashing(stored, out, moment, tmp_path):
+    """Run with workers that crash at a moment of the unit of frames 10–11, as when a library does."""
     crash = tmp_path / "crash" / "sitecustomize.py"
     crash.parent.mkdir()
-    crash.write_text(CRASH)
+    crash.write_text(CRASH + moment)
     environment = os.environ | {"PYTHONPATH": str(crash.parent)}
-    status, words = Started(run_command(stored, out, "--workers", 2, **OPTIONS), env=environment).end(300)
-    assert status == 1, words
-    assert "frames 10–11: register was given up: each worker that tried it died" in words
+    status, words = Started(run_command(stored, out, "--workers", 2, **OPTIONS), env=environment).end()
     assert "Traceback" not in words
+    return status, words
+
+
+@pytest.mark.parametrize(
+    ("moment", "stage", "done"), [("at_reading", "register", 2 * UNITS - 2), ("at_writing", "align", 2 * UNITS - 1)]
+)
+def test_a_unit_that_kills_its_worker_does_not_loop_for_ever(moment, stage, done, stored, tmp_path, tried):
+    """All others are done, and a later run tries just those."""
+    out, reference = tmp_path / "run", tmp_path / "reference"
+    finish(stored, reference, **OPTIONS)
+    status, words = crashing(stored, out, moment, tmp_path)
+    assert status == 1, words
+    assert f"frames 10–11: {stage} was given up: each worker that tried it died" in words
     assert words.count("given up") == 1
     before = finished(out)
-    assert len(before) == 2 * UNITS - 2
+    assert len(before) == done
     finish(stored, out, **OPTIONS)
     assert_kept(before, out)
     assert stores(out) == stores(reference)
     tried("frames that kill their worker")
+
+
+def test_a_result_that_was_published_before_its_worker_died_counts(stored, tmp_path, tried):
+    """Even if no worker lives long enough to tell the driver."""
+    out, reference = tmp_path / "run", tmp_path / "reference"
+    finish(stored, reference, **OPTIONS)
+    status, words = crashing(stored, out, "once_published", tmp_path)
+    assert status == 0, words
+    assert len(finished(out)) == 2 * UNITS
+    assert stores(out) == stores(reference)
+    tried("workers that die before they can tell their result")
 
 
 CRASH = """
@@ -167,22 +187,46 @@ import os
 import sys
 
 
+def crashes(unit):
+    if "spawn_main" in " ".join(sys.orig_argv) and unit.start == 10 and unit.stop == 12:
+        os.abort()
+
+
+def at_reading():
+    from stillframe.storage.frames import FrameSource
+
+    read = FrameSource.read
+    FrameSource.read = lambda source, unit: crashes(unit) or read(source, unit)
+
+
+def at_writing():
+    import stillframe.storage.aligned_store as store
+
+    draft = store.draft_unit
+    store.draft_unit = lambda folder, unit, *rest: crashes(unit) or draft(folder, unit, *rest)
+
+
+def once_published():
+    from stillframe.workflow.ledger import Ledger
+
+    publish, has_files = Ledger.publish, Ledger.has_files
+
+    def publishing(ledger, record):
+        publish(ledger, record)
+        if record.stage == "align":
+            crashes(record)
+
+    Ledger.publish = publishing
+    Ledger.has_files = lambda ledger, record: crashes(record) or has_files(ledger, record)
+
+
 class Watch:
     def find_spec(self, name, path, target=None):
         if name == "stillframe.workflow.unit_tasks" and self in sys.meta_path:
             sys.meta_path.remove(self)
-            import stillframe.storage.frames
-
-            read = stillframe.storage.frames.FrameSource.read
-
-            def crashing(source, unit):
-                if unit.start == 10 and unit.number == 5 and "spawn_main" in " ".join(sys.orig_argv):
-                    os.abort()
-                return read(source, unit)
-
-            stillframe.storage.frames.FrameSource.read = crashing
+            patch()
         return None
 
 
 sys.meta_path.insert(0, Watch())
-"""
+patch = """

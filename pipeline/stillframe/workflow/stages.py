@@ -40,7 +40,7 @@ from stillframe.workflow.ledger import Ledger
 from stillframe.workflow.outcome import NONE_GOOD, many_without_shift
 from stillframe.workflow.precompile import HALVES, Compile
 from stillframe.workflow.run_folder import Manifest, RunDescription, RunFolder, Stage
-from stillframe.workflow.staleness import Redone, State, explain
+from stillframe.workflow.staleness import Redone, StageState, State, explain
 from stillframe.workflow.unit_table import UnitTable, surplus
 from stillframe.workflow.unit_tasks import AlignUnit, BothStages, Job, MakeReady, RegisterUnit
 
@@ -265,6 +265,8 @@ class Pass:
     def _fail(self, stage: Stage, unit: Unit, error: BaseException) -> None:
         if hopeless(error):
             raise error
+        if is_killed(error) and self._was_published(stage, unit):
+            return
         problem = _failure(stage, unit, error)
         with self.held.writing():
             self._ledger.withdraw("align", unit.number)
@@ -272,6 +274,14 @@ class Pass:
         self.table.fail(stage, unit, problem)
         log.info("where it failed:", exc_info=error)
         warn(problem)
+
+    def _was_published(self, stage: Stage, unit: Unit) -> bool:
+        """Enter what a worker published before it died, if that is the result of this stage; return whether it is."""
+        found = UnitTable.read(self._ledger, self.plan, [unit], self._dependencies, align=self._aligns)
+        published: StageState = getattr(found.state(unit), stage)
+        if published.has_result:
+            self.table.take(found, unit)
+        return published.has_result
 
     def _refuse_lost_records(self) -> None:
         """Raise ``RunStopped`` if a record is gone that was there when its unit was done."""

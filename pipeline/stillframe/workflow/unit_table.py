@@ -178,6 +178,11 @@ class UnitTable:
                 row = replace(row, state=state, align_problems=problems, files=record.files, applied=applied)
             self.rows[unit.number] = row
 
+    def take(self, other: "UnitTable", unit: Unit) -> None:
+        """Enter a unit as another table of the same plan holds it."""
+        self.rows[unit.number] = other.rows[unit.number]
+        self.matches[unit.start : unit.stop] = other.matches[unit.start : unit.stop]
+
     def withdraw(self, stage: Stage, unit: Unit) -> None:
         """Enter that the record of a stage was withdrawn."""
         row, missing = self.rows[unit.number], StageState(State.MISSING)
