@@ -83,6 +83,21 @@ def test_chunks_without_a_pixel_raise(tmp_path, frames):
         open_frames(path)
 
 
+def without_names(path):
+    """Spoil the attributes of a Zarr node: zarr reads such metadata without an error."""
+    metadata = path / "zarr.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"attributes": [1]}))
+
+
+@pytest.mark.parametrize("node", ["", "frames"])
+def test_attributes_without_names_raise(tmp_path, frames, node):
+    path = tmp_path / "a.zarr"
+    zarr.create_group(path).create_array("frames", data=frames)
+    without_names(path / node)
+    with pytest.raises(ValueError, match="metadata are damaged|not a Zarr array"):
+        open_frames(path)
+
+
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize(
     ("encoding", "words"),
@@ -143,6 +158,15 @@ def test_damaged_coordinates_are_left_out_and_reserved_names_changed(tmp_path, f
     with pytest.warns(UserWarning, match="power is left out: it cannot be read"):
         opened = open_frames(tmp_path / "a.zarr")
     assert set(opened.coords) == {"quality", "stored_score"}
+
+
+def test_a_coordinate_with_attributes_without_names_is_left_out(tmp_path, frames):
+    group = zarr.create_group(tmp_path / "a.zarr")
+    group.create_array("frames", data=frames)
+    group.create_array("power", data=np.arange(10.0))
+    without_names(tmp_path / "a.zarr" / "power")
+    with pytest.warns(UserWarning, match="power is left out: it cannot be read"):
+        assert set(open_frames(tmp_path / "a.zarr").coords) == set()
 
 
 def test_coordinates_that_cannot_be_decoded_are_left_out_and_bytes_become_words(tmp_path, frames):

@@ -44,8 +44,8 @@ def _has_value_per_frame(array: Any, source: FrameSource) -> bool:
 
 def _coordinate(array: Any, path: Path) -> xr.Variable | None:
     """Return one decoded coordinate; warn and return None if it cannot be read."""
-    attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
     try:
+        attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
         return _decoded(xr.Variable("frame", array[:], attributes))
     except Exception as error:
         warnings.warn(f"the coordinate {path} is left out: it cannot be read ({first_line(error)})", stacklevel=2)

@@ -228,6 +228,9 @@ def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report", e
     node = _open_node(folder)
     array = node if isinstance(node, zarr.Array) else _only_stack(node, folder)
     where = folder if isinstance(node, zarr.Array) else folder / array.basename
+    for one, name in ((node, folder), (array, where)):
+        if not isinstance(one.metadata.attributes, dict):
+            raise ValueError(f"{name} has attributes without names: its metadata are damaged. Restore them.")
     if array.ndim != 3:
         raise ValueError(
             f"{where} has shape {array.shape}, but frames are (frame, y, x). Store one stack of images in one array."
@@ -251,7 +254,9 @@ def open_source(path: str | Path, *, missing_chunks: MissingChunks = "report", e
 
 def dimension_names(array: Any) -> tuple[str | None, ...]:
     """Return the names stored with an array's axes, by Zarr v3 or by xarray; None for axes without a name."""
-    stored = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    attributes = array.metadata.attributes
+    of_xarray = attributes.get("_ARRAY_DIMENSIONS") if isinstance(attributes, dict) else None
+    stored = getattr(array.metadata, "dimension_names", None) or of_xarray
     return tuple(stored) if stored else (None,) * array.ndim
 
 
