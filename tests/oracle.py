@@ -46,6 +46,15 @@ def smoothed(image, mask, width):
     return np.where(weight > 1e-3, total / np.maximum(weight, 1e-3), 0)
 
 
+def filled(image, mask):
+    """Equation (55): an image with its small holes, and its mask with them."""
+    padded = np.pad(mask, 2, mode="edge")
+    height, width = mask.shape
+    valid = sum(padded[y : y + height, x : x + width].astype(int) for y, x in np.ndindex(5, 5))
+    holes = ~mask & (valid >= 15)
+    return np.where(holes, smoothed(image, mask, 1.0), image), mask | holes
+
+
 def variance(soft, mask, gain, pedestal):
     """Equation (16)."""
     above = np.maximum(soft - pedestal, 0)
@@ -141,7 +150,8 @@ class Oracle:
 
     def __init__(self, image, mask, gain, pedestal, width, side=1, square=0):
         self.level, self.gain, self.side = image[mask].mean(), gain, side
-        self.image = np.where(mask, image - self.level, 0)
+        self.image, self.mask = filled(np.where(mask, image - self.level, 0), mask)
+        mask = self.mask
         soft = smoothed(self.image, mask, width)
         zero = pedestal - self.level
         v = variance(soft, mask, gain, zero)

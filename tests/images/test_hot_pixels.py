@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stillframe.images.hot_pixels import bad_pixels, isolated_pixels
+from stillframe.images.hot_pixels import bad_pixels, isolated_pixels, small_holes, with_small_holes_filled
 from stillframe.images.noise import Noise
 
 COUNTS = Noise(1.0, 0.0)
@@ -50,6 +50,25 @@ def test_too_many_are_a_texture():
     image = ground()
     image[::4, ::4] = 5000
     assert not isolated_pixels(image, np.ones(image.shape, bool), COUNTS).any()
+
+
+class TestSmallHoles:
+    def test_are_lost_pixels_and_lines_and_no_block_or_border(self):
+        mask = np.ones((40, 50), bool)
+        mask[10, 10] = mask[20, :25] = mask[:, 30:32] = mask[0, 5] = False
+        small = ~mask
+        mask[30:, :20] = mask[5:9, 40:44] = False
+        np.testing.assert_array_equal(small_holes(mask) & small, small)
+        assert not small_holes(mask)[32:, :18].any()
+        assert not small_holes(mask)[6:8, 41:43].any()
+
+    def test_hold_what_is_around_them(self):
+        y, x = np.indices((30, 30))
+        slope, mask = 10.0 + y + 2 * x, np.ones((30, 30), bool)
+        mask[14, 9] = False
+        filled, known = with_small_holes_filled(np.where(mask, slope, 0), mask)
+        assert known.all()
+        np.testing.assert_allclose(filled, slope)
 
 
 class TestBadPixels:

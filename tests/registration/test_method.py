@@ -7,7 +7,7 @@ import scipy.stats
 
 from oracle import Oracle, borne, interpolated, lagrange, moved, shared_noise, smoothed
 from stillframe import Reference, masked_ncc, match_frames
-from stillframe.images.hot_pixels import isolated_pixels
+from stillframe.images.hot_pixels import isolated_pixels, with_small_holes_filled
 from stillframe.images.noise import Noise, residual_limit
 from stillframe.images.resample import resample_frames, taps
 from stillframe.images.run_lengths import RowRuns
@@ -209,6 +209,14 @@ def test_equations_20_to_24_are_the_model_at_lags(scene):
     np.testing.assert_allclose(scene.template.whole.shared, scene.oracle.shared, rtol=1e-6, atol=1e-3)
 
 
+def test_equation_55_fills_small_holes(scene):
+    trusted = scene.prepared.trusted.mask
+    image = np.where(trusted, scene.reference.image - scene.oracle.level, 0)
+    found, known = with_small_holes_filled(image, trusted)
+    np.testing.assert_array_equal(known, scene.oracle.mask)
+    np.testing.assert_allclose(found, scene.oracle.image, atol=1e-9 * np.abs(image).max())
+
+
 def test_equation_22_is_solved(scene):
     """With (26) to (33): the same outliers, gain, offset and noise, and the shift to a ten-millionth of a pixel."""
     found, expected = scene.estimate, scene.expected
@@ -243,7 +251,7 @@ def test_equations_39_and_40_are_the_mismatch(scene):
 
 def test_equation_25_is_the_variance_that_is_expected(scene):
     oracle = scene.oracle
-    smoothed_reference = Smoothed.of(oracle.image, scene.prepared.trusted.mask, Noise(1.0, -oracle.level), 2.0)
+    smoothed_reference = Smoothed.of(oracle.image, oracle.mask, Noise(1.0, -oracle.level), 2.0)
     draft, square = Draft.of(smoothed_reference, oracle.side), scene.template.square
     draft = without_local_changes(draft, square) if square else draft
     assert draft.expected_variance() == pytest.approx(oracle.expected_variance(), rel=1e-9)

@@ -33,6 +33,10 @@ _BAD_ROUNDS = 5
 """Rounds in which bad pixels are found: those next to others stand alone once these are left out."""
 _LEAST_LINE = 32
 """Valid pixels that a row or column needs to be judged as a whole."""
+_MOSTLY_VALID = 15
+"""Valid pixels of the 5×5 around a small hole: it is up to two pixels wide."""
+_FILLING = 1.0
+"""Standard deviation, pixels, of the Gaussian that gives what is around a small hole."""
 _GROUP_PIXELS, _MOST_GROUPS = 1000, 64
 """Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
 _NORMAL_MEDIAN = 0.6745
@@ -92,6 +96,29 @@ def bad_pixels(image: Image, mask: Mask) -> Mask:
         bad |= found
     few = np.count_nonzero(bad) <= _LARGEST_BAD_FRACTION * np.count_nonzero(mask)
     return bad if few else np.zeros_like(mask)
+
+
+def small_holes(mask: Mask) -> Mask:
+    """Return True for invalid pixels among mostly valid ones, as hot pixels, dead lines and hits leave them (55).
+
+    Examples
+    --------
+    >>> mask = np.ones((9, 9), bool)
+    >>> mask[4, 5] = mask[:, :3] = False
+    >>> np.argwhere(small_holes(mask))
+    array([[4, 5]])
+    """
+    side = 2 * _HALF_WIDTH + 1
+    valid = scipy.ndimage.uniform_filter(mask.astype(np.float32), side, mode="nearest") * side**2
+    return np.asarray(~mask & (valid > _MOSTLY_VALID - 0.5))
+
+
+def with_small_holes_filled(image: Image, mask: Mask) -> tuple[Image, Mask]:
+    """Return an image whose small holes hold the mean of what is around them, and its mask with them (55)."""
+    holes = small_holes(mask)
+    if not holes.any():
+        return image, mask
+    return np.where(holes, smooth(image, mask, _FILLING), image), mask | holes
 
 
 def _bad_lines(outside: Mask, valid: Mask) -> Mask:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stillframe.images.arrays import Image, Mask, Pixels, native, saturation_limit
-from stillframe.images.hot_pixels import isolated_pixels
+from stillframe.images.hot_pixels import isolated_pixels, small_holes, with_small_holes_filled
 from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
 from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import RowRuns, ValidPixels
@@ -242,11 +242,12 @@ def _sum_aligned(read: Read, indices: Sequence[int], guide: Reference, with_mode
 
 
 def _model_of(reference: Reference, template: Template) -> Image:
-    """Return image and variance of a reference, holes of the image filled by the smoothed image, (2, y, x)."""
-    image = reference.image.astype(np.float64)
-    soft = smooth(image, reference.mask, template.smoothing)
-    variance = variance_of(soft, reference.mask, prepare(reference).noise)
-    return np.stack([np.where(reference.mask, image, soft), variance])
+    """Return image and variance of a reference, (2, y, x); in holes the smoothed image, which rules nothing out."""
+    image, mask = reference.image.astype(np.float64), reference.mask
+    soft = smooth(image, mask, template.smoothing)
+    variance = variance_of(soft, mask, prepare(reference).noise)
+    anything = float(np.square(image).max())
+    return np.stack([np.where(mask, image, soft), np.where(mask, variance, anything)])
 
 
 @dataclass(eq=False)
@@ -313,8 +314,8 @@ class _AlignedSum:
         estimate = refine(surveyed.single, fitted, start, self.template, self.prepared.score_image)
         if estimate is None:
             return
-        kept = self._without_outliers(values, estimate) & below
-        (aligned,) = resample_frames(values[None], estimate.shift[None], kept, interpolation="cubic")
+        filled, kept = self._without_outliers(values, below, estimate)
+        (aligned,) = resample_frames(filled[None], estimate.shift[None], kept, interpolation="cubic")
         observed = np.isfinite(aligned)
         above = np.where(observed, aligned - estimate.offset, 0)
         higher = observed & ((above > self.highest) | (self.counts == 0))
@@ -324,15 +325,16 @@ class _AlignedSum:
         self.counts[observed] += 1
         self.estimates.append(estimate)
 
-    def _without_outliers(self, frame: Pixels, estimate: Estimate) -> Mask:
-        """Return True for the valid pixels of a frame that the model, moved to the frame, can explain.
+    def _without_outliers(self, frame: Pixels, below: Mask, estimate: Estimate) -> tuple[Pixels, Mask]:
+        """Return a frame and its valid pixels, those left out that the model, moved to the frame, cannot explain.
 
-        Without a model isolated pixels alone are left out.
+        Small holes hold what the model expects, and count as valid: otherwise each pixel would be a hole of 4×4 in the
+        aligned frame. Without a model isolated pixels alone are left out, and holes hold what is around them.
         """
-        mask = self.guide.frame_mask
+        mask = self.guide.frame_mask & below
         if self.model is None:
             image = np.asarray(frame, dtype=np.float64)
-            return np.asarray(mask & ~isolated_pixels(image, mask, measure_noise(image, mask)))
+            return with_small_holes_filled(image, mask & ~isolated_pixels(image, mask, measure_noise(image, mask)))
         everywhere = np.ones(self.guide.shape, np.bool_)
         back = np.stack([-estimate.shift] * 2)
         expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
@@ -340,7 +342,9 @@ class _AlignedSum:
         count = self.template.grain * estimate.variance / estimate.gain
         scatter = (estimate.variance + estimate.gain**2) * np.maximum(variance, 0)
         limit = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
-        return np.asarray(mask & ~(np.abs(frame - expected) > limit))
+        kept = mask & ~(np.abs(frame - expected) > limit)
+        small = small_holes(kept) & np.isfinite(expected)
+        return np.where(small, expected, frame), kept | small
 
     def mean(self, history: str | None = None) -> Reference:
         """Return the mean as a reference, with its noise (45, 46)."""

@@ -16,7 +16,7 @@ import scipy.ndimage
 from stillframe.images.arrays import Float32, Image, Mask, Pixels, saturation_limit
 from stillframe.images.binning import bin_sums, whole_bins
 from stillframe.images.corrections import Corrections
-from stillframe.images.hot_pixels import isolated_pixels
+from stillframe.images.hot_pixels import isolated_pixels, with_small_holes_filled
 from stillframe.images.lost_lines import equal_lines, line_variances, pixels_that_should_differ
 from stillframe.images.noise import Noise, measure_noise, smooth
 from stillframe.images.run_lengths import RowRuns, ValidPixels
@@ -277,10 +277,16 @@ def _trusted_pixels(reference: Reference) -> tuple[Mask, Noise]:
 
 
 def _template(reference: Reference, mask: Mask, pixels: Statistics, noise: Noise) -> Template | None:
-    """Return the templates of the trusted pixels less their mean."""
+    """Return the templates of the trusted pixels less their mean; small holes hold what is around them.
+
+    Otherwise no template could use the pixels around a hole, whose shifted neighbours must be known.
+    """
     centred = np.where(mask, reference.image.astype(np.float64) - pixels.mean, 0)
+    filled, known = with_small_holes_filled(centred, mask)
     relative = noise.relative_to(pixels.mean)
-    return prepare_template(centred, mask, relative, reference.smoothing, level=pixels.mean)
+    return prepare_template(
+        filled, known, relative, reference.smoothing, level=pixels.mean, frame_mask=reference.frame_mask
+    )
 
 
 def _self_similarity(reference: Reference, mask: Mask, pixels: Statistics, noise: Noise, smoothing: float) -> float:

@@ -59,15 +59,24 @@ def best_smoothed(image: Image, mask: Mask, noise: Noise) -> "Draft | None":
     return best
 
 
-def best_binned(finest: "Draft") -> "Draft":
-    """Return templates of the largest side of bins whose expected errors are hardly larger than those of the finest."""
-    limit = finest.expected_variance() * (1 + _VARIANCE_LOSS)
+def best_binned(finest: "Draft", frame_mask: Mask) -> "Draft":
+    """Return templates of the largest side of bins whose expected errors are hardly larger than those of the finest.
+
+    An invalid pixel of the frames costs all of its bin.
+    """
+    limit = finest.expected_variance() * (1 + _VARIANCE_LOSS) / _kept_by(frame_mask, finest.side)
     for side in (side for side in _SIDES if side > finest.side):
         draft = Draft.of(finest.smoothed, side)
         enough = np.count_nonzero(draft.support) >= _LEAST_USEFUL_BINS
-        if enough and draft.expected_variance() <= limit < np.inf:
+        if enough and draft.expected_variance() <= limit * _kept_by(frame_mask, side) < np.inf:
             return draft
     return finest
+
+
+def _kept_by(frame_mask: Mask, side: int) -> float:
+    """Return the fraction of the valid pixels that lie in whole bins; not 0."""
+    whole = np.count_nonzero(whole_bins(frame_mask, side)) * side**2
+    return max(whole / max(np.count_nonzero(frame_mask), 1), 1e-9)
 
 
 @dataclass(frozen=True, eq=False)

@@ -160,11 +160,18 @@ class Template:
 
 
 def prepare_template(
-    image: Image, mask: Mask, noise: Noise, smoothing: float | None = None, *, level: float = 0.0
+    image: Image,
+    mask: Mask,
+    noise: Noise,
+    smoothing: float | None = None,
+    *,
+    level: float = 0.0,
+    frame_mask: Mask | None = None,
 ) -> Template | None:
     """Return the templates of an image (y, x), less its level and 0 where invalid; None with too little structure.
 
-    The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given.
+    The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given. Bins
+    of which ``frame_mask``, by default the mask, leaves too few whole are not used.
     """
     sample = excerpt(image, mask)
     draft = _finest(*sample, noise, smoothing)
@@ -173,7 +180,8 @@ def prepare_template(
         draft = _finest(*sample, noise, smoothing)
     if draft is None:
         return None
-    draft = best_binned(draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2))
+    unbinned = draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2)
+    draft = best_binned(unbinned, mask if frame_mask is None else frame_mask)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
     return _template(*choose_square(draft), noise, level)
