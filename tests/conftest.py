@@ -5,11 +5,19 @@ from collections import Counter
 
 import pytest
 
-from faulty import finish, records, stores
+from faulty import Started, finish, records, stores
 from stillframe.simulation.experiment import Experiment
 from stillframe.simulation.write import simulate
 
 EXPERIMENT = Experiment(frames=24, shape=(96, 80), dose=200.0, max_drift=5.0, dark_every=10, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """Kill what a failed test has left at work, so that it spoils no other test."""
+    yield
+    for process in list(Started.unended):
+        process.kill(group=True)
 
 
 @pytest.fixture(scope="session")

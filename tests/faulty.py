@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
@@ -43,12 +44,16 @@ def run_command(stored, out, *more, **options):
 class Started:
     """A command in a process group of its own; what it says goes to a file, which outlives whoever holds a pipe."""
 
+    unended: ClassVar[list["Started"]] = []
+    """Those that a test has not waited for; a fixture kills them where it failed before."""
+
     def __init__(self, arguments, **options):
         self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed at the end
         self.process = subprocess.Popen(
             arguments, start_new_session=True, stdout=self._told, stderr=self._told, text=True, **options
         )
         self.pid = self.process.pid
+        self.unended.append(self)
 
     def poll(self):
         return self.process.poll()
@@ -56,6 +61,7 @@ class Started:
     def end(self, patience=PATIENCE):
         """Wait for it; return its status and its words."""
         status = self.process.wait(patience)
+        self.unended.remove(self)
         self._told.seek(0)
         words = self._told.read()
         self._told.close()

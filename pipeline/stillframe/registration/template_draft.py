@@ -75,8 +75,8 @@ def best_binned(finest: "Draft", frame_mask: Mask) -> "Draft":
 
 def _kept_by(frame_mask: Mask, side: int) -> float:
     """Return the fraction of the valid pixels that lie in whole bins; not 0."""
-    whole = np.count_nonzero(whole_bins(frame_mask, side)) * side**2
-    return max(whole / max(np.count_nonzero(frame_mask), 1), 1e-9)
+    whole = side**2 * int(np.count_nonzero(whole_bins(frame_mask, side)))
+    return max(whole, 1) / max(int(np.count_nonzero(frame_mask)), 1)
 
 
 @dataclass(frozen=True, eq=False)
