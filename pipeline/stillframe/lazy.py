@@ -88,6 +88,7 @@ def make_reference(
     *,
     use: int | slice | None = None,
     iterations: int = 3,
+    detector_map: bool = True,
     kind: str | None = None,
     max_shift: int = 32,
     overlap_ratio: float = 0.3,
@@ -113,6 +114,10 @@ def make_reference(
         new reference; rounds end when the reference stops moving. Frames without a shift are left out, and so are
         pixels that differ by more than noise can. With 0 the reference is the plain mean, by default of 16 neighbours
         in the middle of the stack, smeared by their drift.
+    detector_map : bool
+        Whether pixels that do not follow the pattern, as the frames drift, are left out, and the gains of the others
+        corrected where that matters: see :mod:`~stillframe.registration.detector_map`. The gains become part of
+        ``flat``.
     kind : str, optional
         Use only frames whose coordinate ``kind`` has this value, such as "unpumped"; ``use`` then counts only those.
     max_shift, overlap_ratio, saturation, dark, flat
@@ -153,7 +158,8 @@ def make_reference(
     read = _remembering(lambda indices: np.asarray(stack[list(indices)]))
     kinds = stack["kind"].values if kind is not None and "kind" in getattr(stack, "coords", ()) else None
     indices = frames_of_kind(kind, kinds, stack.shape[0])
-    return build_reference(read, indices, as_mask(mask, stack.shape[1:]), use=use, iterations=iterations, **options)
+    valid = as_mask(mask, stack.shape[1:])
+    return build_reference(read, indices, valid, use=use, iterations=iterations, detector_map=detector_map, **options)
 
 
 def _remembering(read: Read) -> Read:

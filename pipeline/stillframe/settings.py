@@ -45,6 +45,9 @@ class Settings(SearchOptions):
     reference_iterations: int = Field(default=3, ge=0)
     """Largest number of rounds in which the frames of the reference are registered and averaged. With 0 their plain
     mean is taken, by default of 16 neighbours in the middle of the stack."""
+    detector_map: bool = True
+    """Find out from the drift of these frames which pixels do not follow the pattern, and leave these out; correct the
+    gains of the others where that matters."""
     reference_kind: str | None = None
     """Average only frames whose coordinate kind has this value, such as "unpumped"."""
     interpolation: Interpolation = "nearest"

@@ -39,7 +39,7 @@ _FILLING = 1.0
 """Standard deviation, pixels, of the Gaussian that gives what is around a small hole."""
 _GROUP_PIXELS, _MOST_GROUPS = 1000, 64
 """Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
-_NORMAL_MEDIAN = 0.6745
+NORMAL_MEDIAN = 0.6745
 """Median absolute value of a standard normal distribution."""
 _BATCH = 2**16
 """Number of pixels whose neighbours are held in memory at a time."""
@@ -143,7 +143,7 @@ def _deviation_around(image: Image, ground: Image, mask: Mask) -> Image:
     groups = np.array_split(order, np.clip(len(order) // _GROUP_PIXELS, 1, _MOST_GROUPS))
     levels, deviations = ground[mask], np.abs(image - ground)[mask]
     middles = [float(np.median(levels[group])) for group in groups]
-    scatter = [float(np.median(deviations[group])) / _NORMAL_MEDIAN for group in groups]
+    scatter = [float(np.median(deviations[group])) / NORMAL_MEDIAN for group in groups]
     return np.interp(ground, middles, scatter)
 
 

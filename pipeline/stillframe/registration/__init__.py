@@ -12,7 +12,8 @@ A frame, step by step (:mod:`.match` calls the steps, METHOD.md derives the numb
 5. :mod:`.acceptance` judges frames, peaks and shifts, with all thresholds (:mod:`.refine` itself gives up solutions far
    from the peak, :mod:`.coarse_search` peaks near its border); :mod:`.matches` the record of a frame.
 
-:mod:`.build_reference` makes a reference of frames, which :mod:`.reference_frames` and :mod:`.frame_choice` select.
+:mod:`.build_reference` makes a reference of frames, which :mod:`.reference_frames` and :mod:`.frame_choice` select:
+:mod:`.aligned_sum` averages them, :mod:`.detector_map` finds what does not move with the pattern.
 :mod:`.masked_ncc` is the plain masked NCC of any two images. May import ``images`` and the ground files (``errors``,
 ``flags`` … directly in the package).
 """

@@ -7,24 +7,23 @@ where the reference is, until the shifts no longer change.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from stillframe.images.arrays import Image, Mask, Pixels, native, saturation_limit
-from stillframe.images.hot_pixels import isolated_pixels, small_holes, with_small_holes_filled
-from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
+from stillframe.images.arrays import Image, Mask, Pixels
 from stillframe.images.resample import resample_frames
-from stillframe.images.run_lengths import RowRuns, ValidPixels
+from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
-from stillframe.registration.estimate import Estimate
+from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
+from stillframe.registration.detector_map import DetectorMap, map_of
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.match import match_frames
-from stillframe.registration.prepared_reference import PreparedReference, contrast_of, prepare
+from stillframe.registration.prepared_reference import contrast_of, prepare
 from stillframe.registration.reference import Reference, correction_image, corrections_of
 from stillframe.registration.reference_frames import (
-    BATCH,
     Read,
     chosen_frames,
     corrected,
@@ -38,8 +37,6 @@ from stillframe.registration.reference_frames import (
     standing_out,
     unsaturated,
 )
-from stillframe.registration.refine import refine
-from stillframe.registration.templates import Template
 
 _CONVERGED = 0.1
 """Rounds end when shifts change by less than this fraction of their error."""
@@ -47,18 +44,21 @@ _ENOUGH = 0.8
 """Fraction of the usable frames that must be registered with a first guide for no other to be tried."""
 _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
-_OUTLIER = 5.0
-"""Residuals beyond this many standard deviations, corrected for the skewness of counts, do not enter the mean."""
-_MODEL_ERROR = 0.1
-"""Error of the model that is tolerated besides, as a fraction of the intensity."""
-_LEAST_TRIMMED = 4
-"""In the first round, the highest value of each pixel is left out if at least so many frames observed it."""
-_LEAST_VARIANCE = 1e-3
-"""A frame whose variance is a smaller fraction of the reference's was aligned with itself."""
+_FEW_PIXELS = 2e-3
+"""Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
+_MAPS = 4
+"""How often what does not move with the pattern is looked for."""
 
 
 def build_reference(
-    read: Read, indices: Sequence[int], mask: Mask, *, use: int | slice | None, iterations: int, **options: Any
+    read: Read,
+    indices: Sequence[int],
+    mask: Mask,
+    *,
+    use: int | slice | None,
+    iterations: int,
+    detector_map: bool = True,
+    **options: Any,
 ) -> Reference:
     """Return a reference made of some frames: one of them, their mean, or the mean of the aligned frames.
 
@@ -66,7 +66,8 @@ def build_reference(
     undo the drift between them, 16 neighbours in the middle. ``iterations`` is the number of rounds of
     :func:`iterated_reference`, ``options`` are arguments of :class:`~stillframe.Reference`. Frames are read as
     recorded; the image is in corrected counts. Pixels that are saturated in almost every frame are invalid, and so
-    are hot and dead pixels that show in the plain mean.
+    are hot and dead pixels that show in the plain mean. With ``detector_map``, so are those that do not follow the
+    pattern as it moves, and gains of pixels are corrected.
     """
     if not len(indices):
         raise ValueError("a reference is to be made of frames, but there are none. Give a stack with frames.")
@@ -98,14 +99,14 @@ def build_reference(
     history = f"mean of {mean.used} of {len(asked)} frames, not aligned"
     first = Reference(mean.image, good & mean.observed, history=history, **(options | {"frame_mask": good}))
     # The frames of the mean are moved by fractions of a pixel even if those of the run are not.
-    made = iterated_reference(read, chosen, first.replace(subpixel=True), iterations, len(asked))
-    bad = np.count_nonzero(on_detector & ~good)
-    history = f"{made.history}, without {bad} hot or dead pixels" if bad else made.history
+    made = iterated_reference(read, chosen, first.replace(subpixel=True), iterations, len(asked), with_map=detector_map)
+    bad = np.count_nonzero(on_detector & ~made.frame_mask)
+    history = f"{made.history}, without {bad} pixels that do not follow the pattern" if bad else made.history
     return made.replace(subpixel=first.options.subpixel, history=history)
 
 
 def iterated_reference(
-    read: Read, indices: Sequence[int], reference: Reference, iterations: int, asked: int
+    read: Read, indices: Sequence[int], reference: Reference, iterations: int, asked: int, *, with_map: bool
 ) -> Reference:
     """Register frames, average the aligned frames, and repeat with this mean as the reference until it stops moving.
 
@@ -113,7 +114,8 @@ def iterated_reference(
     either half are registered with the mean of the other half. ``reference`` is the mean of the unaligned frames,
     smeared by their drift. The result has the noise of the mean, and is valid wherever at least half of the frames
     observed the pixel. ``iterations`` is the largest number of rounds; they end where shifts change by less than a
-    tenth of their error. ``asked`` is the number of frames before unusable ones were left out, for the history.
+    tenth of their error. ``asked`` is the number of frames before unusable ones were left out, for the history. For
+    ``with_map`` see :mod:`~.detector_map`.
     """
     if iterations == 0 or len(indices) < 2:
         return reference
@@ -128,7 +130,7 @@ def iterated_reference(
         return reference
     # Registered frames come first, so that neither half is without them.
     order = [*registered, *(index for index in usable if index not in set(registered))]
-    return _rounds(read, [order[0::2], order[1::2]], guide, iterations, asked)
+    return _rounds(read, [order[0::2], order[1::2]], guide, iterations, asked, with_map=with_map)
 
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:
@@ -197,25 +199,88 @@ def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Im
     return {index: np.array([match["dy"], match["dx"]]) for index, match in matches.items() if np.isfinite(match["dy"])}
 
 
-def _rounds(read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int) -> Reference:
-    """Register and average the frames of both halves until the shifts no longer change."""
-    guides, made, before = [guide, guide], guide, np.zeros(())
-    sums: list[_AlignedSum] = []
+def _rounds(
+    read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int, *, with_map: bool
+) -> Reference:
+    """Register and average the frames of both halves until the shifts no longer change.
+
+    ``with_map``, gains of pixels are corrected and pixels that do not follow the pattern are left out, as
+    long as that changes much.
+    """
+    found = _rounds_until_still(read, halves, [guide, guide], iterations)
+    if found is None:
+        return guide
+    number, texture = found.number, 0.0
+    for _ in range(_MAPS if with_map else 0):
+        mask = found.mean.frame_mask
+        fixed = map_of(found.whole.detector, mask)
+        if not fixed.texture and np.count_nonzero(mask & ~fixed.following) < _FEW_PIXELS * np.count_nonzero(mask):
+            break
+        guides = [_with_map(half, fixed) for half in _exchanged([half.mean() for half in found.halves])]
+        better = _one_round(read, halves, guides, with_model=True)
+        if better is None:
+            break
+        found, number, texture = better, number + 1, float(np.hypot(texture, fixed.texture))
+    history = f"mean of {found.whole.used} of {asked} frames, aligned in {number} rounds"
+    gains = f", with gains of pixels that differ by {texture:.1%}" if texture else ""
+    return found.mean.replace(history=f"{history}{gains}")
+
+
+def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:
+    """Return a guide whose frames are corrected by a map."""
+    flat = fixed.gain if guide.flat is None else guide.flat * fixed.gain
+    return guide.replace(flat=flat if fixed.texture else guide.flat, frame_mask=guide.frame_mask & fixed.following)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a round gave."""
+
+    halves: Sequence[AlignedSum]
+    number: int = 1
+    """How many rounds there were."""
+
+    @cached_property
+    def whole(self) -> AlignedSum:
+        return self.halves[0].plus(self.halves[1])
+
+    @cached_property
+    def mean(self) -> Reference:
+        return self.whole.mean()
+
+    @property
+    def shifts(self) -> Image:
+        """Shifts of the frames less the mean of their half, since the halves lie at places of their own."""
+        return np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in self.halves])
+
+
+def _rounds_until_still(
+    read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], iterations: int
+) -> _Found | None:
+    """Repeat rounds until the shifts no longer change; None where not even one gave a mean of both halves."""
+    last: _Found | None = None
     for number in range(1, iterations + 1):
-        if sums:
-            guides = _exchanged([half.mean() for half in sums])
-        if any(prepare(one).template is None for one in guides):
+        if last:
+            guides = _exchanged([half.mean() for half in last.halves])
+        found = _one_round(read, halves, guides, with_model=number > 1)
+        if found is None:
             break
-        sums = [_sum_aligned(read, half, one, number > 1) for half, one in zip(halves, guides, strict=True)]
-        if any(half.used == 0 for half in sums):
-            break
-        whole = sums[0].plus(sums[1])
-        made = whole.mean(f"mean of {whole.used} of {asked} frames, aligned in {number} rounds")
-        shifts = np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in sums])
-        if shifts.shape == before.shape and np.abs(shifts - before).mean() < _CONVERGED * sums[0].sigma:
-            break
-        before = shifts
-    return made
+        before, last = last, replace(found, number=number)
+        if before and before.shifts.shape == last.shifts.shape:
+            moved = np.abs(last.shifts - before.shifts).mean()
+            if moved < _CONVERGED * last.halves[0].sigma:
+                break
+    return last
+
+
+def _one_round(
+    read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], *, with_model: bool
+) -> _Found | None:
+    """Register and average the frames of both halves; None where one of them has no mean then."""
+    if any(prepare(one).template is None for one in guides):
+        return None
+    sums = [sum_aligned(read, half, one, with_model) for half, one in zip(halves, guides, strict=True)]
+    return _Found(sums) if all(half.used for half in sums) else None
 
 
 def _exchanged(means: Sequence[Reference]) -> list[Reference]:
@@ -227,134 +292,3 @@ def _exchanged(means: Sequence[Reference]) -> list[Reference]:
     (moved,) = resample_frames(means[0].image[None], shift[None], means[0].mask, interpolation="cubic")
     observed = np.isfinite(moved)
     return [means[1], means[0].replace(image=np.where(observed, moved, 0), mask=observed)]
-
-
-def _sum_aligned(read: Read, indices: Sequence[int], guide: Reference, with_model: bool) -> "_AlignedSum":
-    """Align frames with a guide and sum them; with a model, outliers from it are left out."""
-    prepared = prepare(guide)
-    assert prepared.template is not None
-    model = _model_of(guide, prepared.template) if with_model else None
-    total = _AlignedSum(guide, prepared, prepared.template, model, *np.zeros((5, *guide.shape)))
-    for first in range(0, len(indices), BATCH):
-        for frame in read(indices[first : first + BATCH]):
-            total.add(frame)
-    return total if with_model or total.used < _LEAST_TRIMMED else total.without_highest()
-
-
-def _model_of(reference: Reference, template: Template) -> Image:
-    """Return image and variance of a reference, (2, y, x); in holes the smoothed image, which rules nothing out."""
-    image, mask = reference.image.astype(np.float64), reference.mask
-    soft = smooth(image, mask, template.smoothing)
-    variance = variance_of(soft, mask, prepare(reference).noise)
-    anything = float(np.square(image).max())
-    return np.stack([np.where(mask, image, soft), np.where(mask, variance, anything)])
-
-
-@dataclass(eq=False)
-class _AlignedSum:
-    """Sum of frames that were aligned with a guide which has a template."""
-
-    guide: Reference
-    prepared: PreparedReference
-    template: Template
-    model: Image | None
-    """Image and variance of the guide, (2, y, x); None in the first round, whose guide may be one noisy frame."""
-    total: Image
-    """Sum of the aligned frames less their offsets (y, x)."""
-    gains: Image
-    """Sum of the gains of the frames that observed the pixel."""
-    counts: Image
-    """Number of frames that observed the pixel."""
-    highest: Image
-    """Largest of the aligned frames less their offsets."""
-    gain_of_highest: Image
-    """Gain of the frame that it is of."""
-    estimates: list[Estimate] = field(default_factory=list)
-
-    @property
-    def used(self) -> int:
-        """Number of frames in the sum."""
-        return len(self.estimates)
-
-    @property
-    def shifts(self) -> Image:
-        """Their shifts (frame, 2), pixels."""
-        return np.array([estimate.shift for estimate in self.estimates])
-
-    @property
-    def sigma(self) -> float:
-        """Median of their standard errors, pixels."""
-        return float(np.median([np.sqrt(np.trace(estimate.covariance) / 2) for estimate in self.estimates]))
-
-    def plus(self, other: "_AlignedSum") -> "_AlignedSum":
-        """Return the sum of the frames of both."""
-        total, gains, counts = self.total + other.total, self.gains + other.gains, self.counts + other.counts
-        return replace(self, total=total, gains=gains, counts=counts, estimates=self.estimates + other.estimates)
-
-    def without_highest(self) -> "_AlignedSum":
-        """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""
-        several = self.counts >= _LEAST_TRIMMED
-        total, gains = (
-            one - np.where(several, highest, 0)
-            for one, highest in ((self.total, self.highest), (self.gains, self.gain_of_highest))
-        )
-        return replace(self, total=total, gains=gains)
-
-    def add(self, frame: Pixels) -> None:
-        """Align a frame and add its pixels that are no outliers; a frame without a shift is left out."""
-        (match,) = match_frames(frame[None], self.guide)
-        if np.isnan(match["dy"]):
-            return
-        start = round(float(match["dy"])), round(float(match["dx"]))
-        recorded, saturation = native(frame, "a frame", 2), self.guide.options.saturation
-        limit = saturation_limit(recorded.dtype, saturation)
-        values, surveyed = self.prepared.correct(recorded, self.prepared.frame_pixels, limit)
-        below = unsaturated(recorded, saturation)
-        fitted = RowRuns.of(self.guide.frame_mask & below) if surveyed.statistics.saturated else surveyed.valid
-        estimate = refine(surveyed.single, fitted, start, self.template, self.prepared.score_image)
-        if estimate is None:
-            return
-        filled, kept = self._without_outliers(values, below, estimate)
-        (aligned,) = resample_frames(filled[None], estimate.shift[None], kept, interpolation="cubic")
-        observed = np.isfinite(aligned)
-        above = np.where(observed, aligned - estimate.offset, 0)
-        higher = observed & ((above > self.highest) | (self.counts == 0))
-        self.highest[higher], self.gain_of_highest[higher] = above[higher], estimate.gain
-        self.total += above
-        self.gains[observed] += estimate.gain
-        self.counts[observed] += 1
-        self.estimates.append(estimate)
-
-    def _without_outliers(self, frame: Pixels, below: Mask, estimate: Estimate) -> tuple[Pixels, Mask]:
-        """Return a frame and its valid pixels, those left out that the model, moved to the frame, cannot explain.
-
-        Small holes hold what the model expects, and count as valid: otherwise each pixel would be a hole of 4×4 in the
-        aligned frame. Without a model isolated pixels alone are left out, and holes hold what is around them.
-        """
-        mask = self.guide.frame_mask & below
-        if self.model is None:
-            image = np.asarray(frame, dtype=np.float64)
-            return with_small_holes_filled(image, mask & ~isolated_pixels(image, mask, measure_noise(image, mask)))
-        everywhere = np.ones(self.guide.shape, np.bool_)
-        back = np.stack([-estimate.shift] * 2)
-        expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
-        expected = estimate.gain * (expected - self.template.level) + estimate.offset
-        count = self.template.grain * estimate.variance / estimate.gain
-        scatter = (estimate.variance + estimate.gain**2) * np.maximum(variance, 0)
-        limit = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
-        kept = mask & ~(np.abs(frame - expected) > limit)
-        small = small_holes(kept) & np.isfinite(expected)
-        return np.where(small, expected, frame), kept | small
-
-    def mean(self, history: str | None = None) -> Reference:
-        """Return the mean as a reference, with its noise (45, 46)."""
-        observed = self.counts >= max(1.0, self.used / 2)
-        image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed & (self.gains > 0))
-        variances = [one.variance for one in self.estimates if one.variance > _LEAST_VARIANCE * one.gain**2] or [1.0]
-        ratio = self.used * float(np.mean(variances)) / sum(one.gain for one in self.estimates) ** 2
-        return self.guide.replace(
-            image=np.where(observed, image + self.template.level, 0).astype(np.float32),
-            mask=observed,
-            noise=self.prepared.noise.of_mean(ratio),
-            history=self.guide.history if history is None else history,
-        )

@@ -178,6 +178,7 @@ def _origin(
         "array": source.decoding_metadata(),
         "missing": source.missing_chunks,
         "iterations": settings.reference_iterations,
+        "detector_map": settings.detector_map,
         "one": isinstance(use, int),
         "spread": use is None,
         "kind": settings.reference_kind,
@@ -245,9 +246,11 @@ def _made(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             options = settings.search.model_dump() | images
-            reference = build_reference(
-                reader, indices, mask, use=use, iterations=settings.reference_iterations, **options
-            )
+            rounds: dict[str, Any] = {
+                "iterations": settings.reference_iterations,
+                "detector_map": settings.detector_map,
+            }
+            reference = build_reference(reader, indices, mask, use=use, **rounds, **options)
     except ValueError as error:
         if not reader.lost or source.missing_chunks == "fill":
             raise

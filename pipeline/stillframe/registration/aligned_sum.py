@@ -1,0 +1,174 @@
+"""The sum of frames that were aligned with a guide: the mean that a reference is made of, and what it leaves out.
+
+Pixels that the guide cannot explain do not enter; small holes that they leave, and those of the mask, hold what the
+guide expects there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from stillframe.images.arrays import Image, Mask, Pixels, native, saturation_limit
+from stillframe.images.hot_pixels import isolated_pixels, small_holes, with_small_holes_filled
+from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
+from stillframe.images.resample import resample_frames
+from stillframe.images.run_lengths import RowRuns
+from stillframe.registration.detector_map import DetectorSums
+from stillframe.registration.estimate import Estimate
+from stillframe.registration.match import match_frames
+from stillframe.registration.prepared_reference import PreparedReference, prepare
+from stillframe.registration.reference import Reference
+from stillframe.registration.reference_frames import BATCH, Read, unsaturated
+from stillframe.registration.refine import refine
+from stillframe.registration.templates import Template
+
+_OUTLIER = 5.0
+"""Residuals beyond this many standard deviations, corrected for the skewness of counts, do not enter the mean."""
+_MODEL_ERROR = 0.1
+"""Error of the model that is tolerated besides, as a fraction of the intensity."""
+_UNKNOWN = 1e8
+"""Variance of a model's pixels where it has a hole, in units of the largest other one: it rules nothing out."""
+_LEAST_TRIMMED = 4
+"""In the first round, the highest value of each pixel is left out if at least so many frames observed it."""
+_LEAST_VARIANCE = 1e-3
+"""A frame whose variance is a smaller fraction of the reference's was aligned with itself."""
+
+
+@dataclass(eq=False)
+class AlignedSum:
+    """Sum of frames that were aligned with a guide which has a template."""
+
+    guide: Reference
+    prepared: PreparedReference
+    template: Template
+    model: Image | None
+    """Image and variance of the guide, (2, y, x); None in the first round, whose guide may be one noisy frame."""
+    detector: DetectorSums
+    """Sums over the frames where they were recorded, with a model."""
+    total: Image
+    """Sum of the aligned frames less their offsets (y, x)."""
+    gains: Image
+    """Sum of the gains of the frames that observed the pixel."""
+    counts: Image
+    """Number of frames that observed the pixel."""
+    highest: Image
+    """Largest of the aligned frames less their offsets."""
+    gain_of_highest: Image
+    """Gain of the frame that it is of."""
+    estimates: list[Estimate] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        """Number of frames in the sum."""
+        return len(self.estimates)
+
+    @property
+    def shifts(self) -> Image:
+        """Their shifts (frame, 2), pixels."""
+        return np.array([estimate.shift for estimate in self.estimates])
+
+    @property
+    def sigma(self) -> float:
+        """Median of their standard errors, pixels."""
+        return float(np.median([np.sqrt(np.trace(estimate.covariance) / 2) for estimate in self.estimates]))
+
+    def plus(self, other: "AlignedSum") -> "AlignedSum":
+        """Return the sum of the frames of both."""
+        total, gains, counts = self.total + other.total, self.gains + other.gains, self.counts + other.counts
+        detector, estimates = self.detector.plus(other.detector), self.estimates + other.estimates
+        return replace(self, detector=detector, total=total, gains=gains, counts=counts, estimates=estimates)
+
+    def without_highest(self) -> "AlignedSum":
+        """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""
+        several = self.counts >= _LEAST_TRIMMED
+        total, gains = (
+            one - np.where(several, highest, 0)
+            for one, highest in ((self.total, self.highest), (self.gains, self.gain_of_highest))
+        )
+        return replace(self, total=total, gains=gains)
+
+    def add(self, frame: Pixels) -> None:
+        """Align a frame and add its pixels that are no outliers; a frame without a shift is left out."""
+        (match,) = match_frames(frame[None], self.guide)
+        if np.isnan(match["dy"]):
+            return
+        start = round(float(match["dy"])), round(float(match["dx"]))
+        recorded, saturation = native(frame, "a frame", 2), self.guide.options.saturation
+        limit = saturation_limit(recorded.dtype, saturation)
+        values, surveyed = self.prepared.correct(recorded, self.prepared.frame_pixels, limit)
+        below = unsaturated(recorded, saturation)
+        fitted = RowRuns.of(self.guide.frame_mask & below) if surveyed.statistics.saturated else surveyed.valid
+        estimate = refine(surveyed.single, fitted, start, self.template, self.prepared.score_image)
+        if estimate is None:
+            return
+        filled, kept = self._without_outliers(values, below, estimate)
+        (aligned,) = resample_frames(filled[None], estimate.shift[None], kept, interpolation="cubic")
+        observed = np.isfinite(aligned)
+        above = np.where(observed, aligned - estimate.offset, 0)
+        higher = observed & ((above > self.highest) | (self.counts == 0))
+        self.highest[higher], self.gain_of_highest[higher] = above[higher], estimate.gain
+        self.total += above
+        self.gains[observed] += estimate.gain
+        self.counts[observed] += 1
+        self.estimates.append(estimate)
+
+    def _without_outliers(self, frame: Pixels, below: Mask, estimate: Estimate) -> tuple[Pixels, Mask]:
+        """Return a frame and its valid pixels, those left out that the model, moved to the frame, cannot explain.
+
+        Small holes hold what the model expects, and count as valid: otherwise each pixel would be a hole of 4×4 in the
+        aligned frame. Without a model isolated pixels alone are left out, and holes hold what is around them.
+        """
+        mask = self.guide.frame_mask & below
+        if self.model is None:
+            image = np.asarray(frame, dtype=np.float64)
+            return with_small_holes_filled(image, mask & ~isolated_pixels(image, mask, measure_noise(image, mask)))
+        everywhere = np.ones(self.guide.shape, np.bool_)
+        back = np.stack([-estimate.shift] * 2)
+        expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
+        expected = estimate.gain * (expected - self.template.level) + estimate.offset
+        count = self.template.grain * estimate.variance / estimate.gain
+        of_reference = estimate.gain**2 / (estimate.variance + estimate.gain**2)
+        scatter = (estimate.variance + estimate.gain**2) * np.abs(variance)
+        limit = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
+        residual = frame - expected
+        kept = mask & ~(np.abs(residual) > limit)
+        signal = expected - estimate.offset - estimate.gain * self.template.zero
+        known = np.isfinite(expected) & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
+        self.detector.add(residual, signal, scatter, of_reference, mask & known)
+        small = small_holes(kept) & np.isfinite(expected)
+        return np.where(small, expected, frame), kept | small
+
+    def mean(self, history: str | None = None) -> Reference:
+        """Return the mean as a reference, with its noise (45, 46)."""
+        observed = self.counts >= max(1.0, self.used / 2)
+        image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed & (self.gains > 0))
+        variances = [one.variance for one in self.estimates if one.variance > _LEAST_VARIANCE * one.gain**2] or [1.0]
+        ratio = self.used * float(np.mean(variances)) / sum(one.gain for one in self.estimates) ** 2
+        return self.guide.replace(
+            image=np.where(observed, image + self.template.level, 0).astype(np.float32),
+            mask=observed,
+            noise=self.prepared.noise.of_mean(ratio),
+            history=self.guide.history if history is None else history,
+        )
+
+
+def sum_aligned(read: Read, indices: Sequence[int], guide: Reference, with_model: bool) -> AlignedSum:
+    """Align frames with a guide and sum them; with a model, outliers from it are left out."""
+    prepared = prepare(guide)
+    assert prepared.template is not None
+    model = _model_of(guide, prepared.template) if with_model else None
+    detector = DetectorSums.empty(guide.shape)
+    total = AlignedSum(guide, prepared, prepared.template, model, detector, *np.zeros((5, *guide.shape)))
+    for first in range(0, len(indices), BATCH):
+        for frame in read(indices[first : first + BATCH]):
+            total.add(frame)
+    return total if with_model or total.used < _LEAST_TRIMMED else total.without_highest()
+
+
+def _model_of(reference: Reference, template: Template) -> Image:
+    """Return image and variance of a reference, (2, y, x); in holes the smoothed image, which rules nothing out."""
+    image, mask = reference.image.astype(np.float64), reference.mask
+    soft = smooth(image, mask, template.smoothing)
+    variance = variance_of(soft, mask, prepare(reference).noise)
+    return np.stack([np.where(mask, image, soft), np.where(mask, variance, _UNKNOWN * variance.max())])

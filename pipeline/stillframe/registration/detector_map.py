@@ -1,0 +1,212 @@
+"""What does not move with the pattern: the gain of each pixel of the detector, and pixels that do not follow at all.
+
+Frames that have drifted show a pattern through different pixels. What a pixel shows, relative to the mean of the
+aligned frames, then is the pixel's own doing where it is the same in all frames: its gain, or a stain, an edge or a
+bad pixel.
+The idea is that of J. R. Kuhn, H. Lin, D. Loranz, PASP 103, 1097 (1991), for flats from displaced images.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+
+from stillframe.images.arrays import Float32, Image, Mask, Pixels
+from stillframe.images.hot_pixels import NORMAL_MEDIAN
+
+_AROUND = 25
+"""Side of the square, pixels, in which gains are judged relative to each other: wider structure is the pattern's."""
+_CLOSE = 9
+"""Side of the square, pixels, in which weak deviations are summed."""
+_LEAST_SIGNAL = 0.1
+"""Least signal of a pixel over all frames, as a fraction of the mean."""
+_LEAST_VISITS = 3.0
+"""Least number of frames, by their signal, in which a pixel saw the pattern."""
+_SIGNIFICANT = 5.0
+"""A texture is corrected if its variance is so many standard errors above 0."""
+_WORTH = 0.02
+"""A texture is corrected if it adds more than this fraction to the variance of a frame's pixels."""
+_NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
+"""A pixel does not follow if it differs by so many standard deviations, and by this fraction of what is expected."""
+_LEAST_SLOPE = 0.4
+"""Nor if it shows less than this fraction of the changes that are expected as the pattern moves."""
+_KEPT_NOISE = 0.66
+"""Fraction of its variance that noise keeps when moved by a fraction of a pixel, cubic, on average."""
+_MOST_LEFT_OUT = 0.3
+"""More than this fraction of the pixels that do not follow says that the frames are not as the reference."""
+
+
+@dataclass(eq=False)
+class DetectorSums:
+    """Sums over frames, pixel by pixel of the detector; each array is (y, x) in corrected counts and their squares."""
+
+    residual: Float32
+    """Σ r: frame less what the reference, moved to the frame, predicts."""
+    fine: Float32
+    """Σ r′: residual less its mean over the surroundings."""
+    squares: Float32
+    """Σ r²."""
+    fine_squares: Float32
+    """Σ r′²."""
+    close_squares: Float32
+    """Σ (mean of r over the closest surroundings)²."""
+    signal: Float32
+    """Σ m: prediction less the counts without beam."""
+    signal_squares: Float32
+    """Σ m²."""
+    products: Float32
+    """Σ r m."""
+    noise: Float32
+    """Σ of the residual's variance, as far as counts and reference explain it."""
+    of_reference: float = 0.0
+    """Sum of the fractions of that variance that are the reference's."""
+    frames: int = 0
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int]) -> "DetectorSums":
+        """Return sums over no frame."""
+        return cls(*np.zeros((9, *shape), np.float32))
+
+    def add(self, residual: Image, signal: Image, variance: Image, of_reference: float, kept: Mask) -> None:
+        """Add a frame, (y, x) each; pixels that are not kept do not count."""
+        known = np.where(kept, residual, 0)
+        fine = np.where(kept, known - _mean_around(known, kept, _AROUND), 0)
+        seen = np.where(kept, signal, 0)
+        self.residual += known
+        self.fine += fine
+        self.squares += known**2
+        self.fine_squares += fine**2
+        self.close_squares += _mean_around(known, kept, _CLOSE) ** 2
+        self.signal += seen
+        self.signal_squares += seen**2
+        self.products += known * seen
+        self.noise += np.where(kept, variance, 0)
+        self.of_reference += of_reference
+        self.frames += 1
+
+    def plus(self, other: "DetectorSums") -> "DetectorSums":
+        """Return the sums over the frames of both."""
+        mine, others = vars(self).values(), vars(other).values()
+        return DetectorSums(*(one + another for one, another in zip(mine, others, strict=True)))
+
+
+def _mean_around(image: Pixels, kept: Mask, side: int) -> Image:
+    """Return the mean of the pixels that are kept in a square around each pixel."""
+    total, number = (
+        scipy.ndimage.uniform_filter(one.astype(np.float32), side, mode="constant") for one in (image, kept)
+    )
+    return np.asarray(total / np.maximum(number, 1 / side**2))
+
+
+class DetectorMap(NamedTuple):
+    """The detector's own pattern, as far as frames show it."""
+
+    gain: Float32
+    """Response of the pixels (y, x), 1 where nothing is known."""
+    following: Mask
+    """True = the pixel follows the pattern."""
+    texture: float
+    """Standard deviation of the gain; 0 where none is significant."""
+
+    @property
+    def left_out(self) -> int:
+        """Number of pixels that do not follow."""
+        return int(np.count_nonzero(~self.following))
+
+
+def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
+    """Return the gains of pixels, and which of them follow the pattern.
+
+    Parameters
+    ----------
+    sums : DetectorSums
+        Over frames that were registered.
+    valid : array of bool, shape (y, x)
+        Pixels of the frames that are judged.
+    """
+    if not sums.frames:
+        return DetectorMap(np.ones(valid.shape, np.float32), np.ones_like(valid), 0.0)
+    texture, gain = _texture(sums, valid & _seen(sums))
+    following = _following(sums, valid, texture)
+    return DetectorMap(np.where(following, gain, 1).astype(np.float32), following, texture)
+
+
+def _seen(sums: DetectorSums) -> Mask:
+    """Return True where enough of the pattern was seen, in several frames."""
+    signal = sums.signal.astype(np.float64)
+    enough = signal > _LEAST_SIGNAL * max(float(signal.mean()), 0.0)
+    return np.asarray(enough & (signal**2 >= _LEAST_VISITS * sums.signal_squares))
+
+
+def _texture(sums: DetectorSums, judged: Mask) -> tuple[float, Image]:
+    """Return the standard deviation of the gain over the pixels, 0 where not significant, and the gain itself (56, 57).
+
+    Products of different frames at one pixel share the gain and nothing else: neither noise nor changes of the pattern.
+    """
+    ones = np.ones(judged.shape)
+    if not judged.any():
+        return 0.0, ones
+    fine, squares, signal, signal_squares, noise = (
+        one[judged].astype(np.float64)
+        for one in (sums.fine, sums.fine_squares, sums.signal, sums.signal_squares, sums.noise)
+    )
+    measured, of_noise = fine / signal, noise / signal**2
+    usual = max((np.median(np.abs(measured)) / NORMAL_MEDIAN) ** 2 - np.median(of_noise), 0)
+    weight = np.where(measured**2 < _NOT_FOLLOWING**2 * (usual + of_noise), noise**-2, 0)
+    products = weight * (fine**2 - squares)
+    possible = max(float((weight * (signal**2 - signal_squares)).sum()), 1e-300)
+    square, error = float(products.sum()) / possible, float(np.sqrt((products**2).sum())) / possible
+    of_a_frame = float((weight * noise).sum()) / possible * sums.frames
+    if square < _SIGNIFICANT * error or square < _WORTH * of_a_frame:
+        return 0.0, ones
+    variance = _variance(fine, squares, noise, sums.frames) / signal**2
+    ones[judged] += measured * square / (square + variance)
+    return float(np.sqrt(square)), ones
+
+
+def _variance(total: Pixels, squares: Pixels, noise: Pixels, number: int) -> Image:
+    """Return the variance of a sum over frames: as it scatters between them, and at least that of noise."""
+    return np.maximum(noise, squares - total**2 / number).astype(np.float64)
+
+
+def _following(sums: DetectorSums, valid: Mask, texture: float) -> Mask:
+    """Return True but where pixels show something else than the pattern that moves; True for all if too many (58).
+
+    Single pixels are judged first, then the means of the others over the closest surroundings, whose noise is less.
+    """
+    expected = np.maximum(sums.signal, _LEAST_SIGNAL * max(float(sums.signal[valid].mean()), 0.0))
+    error = _variance(sums.residual, sums.squares, sums.noise, sums.frames) + (texture * expected) ** 2
+    odd = valid & (_differs(sums.residual, error, expected) | _stays(*_changes(sums)))
+    rest = valid & ~odd
+    share = np.maximum(_mean_around(rest, np.ones_like(rest), _CLOSE), _CLOSE**-2) * _CLOSE**2
+    mean, of_noise, signal, *changes = (
+        _mean_around(np.where(rest, one, 0), rest, _CLOSE) for one in (sums.residual, error, expected, *_changes(sums))
+    )
+    error = np.maximum(of_noise / share, sums.close_squares - mean**2 / sums.frames)
+    odd |= rest & (_differs(mean, error, signal) | _stays(changes[0], changes[1], changes[2] / share))
+    few = np.count_nonzero(odd) <= _MOST_LEFT_OUT * np.count_nonzero(valid)
+    return ~odd if few else np.ones_like(valid)
+
+
+def _differs(residual: Pixels, error: Image, expected: Pixels) -> Mask:
+    """Return True where all frames differ alike, and by much, from what is expected."""
+    apart = np.abs(residual)
+    return np.asarray((apart > _NOT_FOLLOWING * np.sqrt(error)) & (apart > _NOT_FOLLOWING_BY * expected))
+
+
+def _changes(sums: DetectorSums) -> tuple[Image, Image, Image]:
+    """Return covariance of frame and signal over the frames, variance of the signal, and variance of the first.
+
+    The noise of the reference moves with the signal, but is not in the frame.
+    """
+    variance = np.maximum(sums.signal_squares - sums.signal**2 / sums.frames, 0)
+    covariance = variance + sums.products - sums.residual * sums.signal / sums.frames
+    of_noise = _KEPT_NOISE * sums.noise * sums.of_reference / sums.frames
+    return covariance, np.maximum(variance - of_noise, 0), sums.noise / sums.frames * variance
+
+
+def _stays(covariance: Image, variance: Image, error: Image) -> Mask:
+    """Return True where frames change by less than they must as the pattern moves."""
+    missing = variance - covariance
+    return np.asarray((covariance < _LEAST_SLOPE * variance) & (missing > _NOT_FOLLOWING * np.sqrt(error)))
