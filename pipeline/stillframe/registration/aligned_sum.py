@@ -133,10 +133,10 @@ class AlignedSum:
         limit = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
         residual = frame - expected
         kept = mask & ~(np.abs(residual) > limit)
-        signal = expected - estimate.offset - estimate.gain * self.template.zero
         known = np.isfinite(expected) & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
-        self.detector.add(residual, signal, scatter, of_reference, mask & known)
         small = small_holes(kept) & np.isfinite(expected)
+        hits = mask & ~kept & small
+        self.detector.add(residual, expected, scatter, of_reference, mask & known & ~hits)
         return np.where(small, expected, frame), kept | small
 
     def mean(self, history: str | None = None) -> Reference:

@@ -19,14 +19,16 @@ _AROUND = 25
 """Side of the square, pixels, in which gains are judged relative to each other: wider structure is the pattern's."""
 _CLOSE = 9
 """Side of the square, pixels, in which weak deviations are summed."""
-_LEAST_SIGNAL = 0.1
+_LEAST_SIGNAL = 0.02
 """Least signal of a pixel over all frames, as a fraction of the mean."""
 _LEAST_VISITS = 3.0
 """Least number of frames, by their signal, in which a pixel saw the pattern."""
 _SIGNIFICANT = 5.0
 """A texture is corrected if its variance is so many standard errors above 0."""
-_WORTH = 0.02
+_WORTH = 0.005
 """A texture is corrected if it adds more than this fraction to the variance of a frame's pixels."""
+_SETTLED = 0.005
+"""Gains are not measured while a larger fraction of the pixels is found not to follow: they pull the mean."""
 _NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
 """A pixel does not follow if it differs by so many standard deviations, and by this fraction of what is expected."""
 _LEAST_SLOPE = 0.4
@@ -52,7 +54,7 @@ class DetectorSums:
     close_squares: Float32
     """Σ (mean of r over the closest surroundings)²."""
     signal: Float32
-    """Σ m: prediction less the counts without beam."""
+    """Σ m: prediction, in the corrected counts that gains divide."""
     signal_squares: Float32
     """Σ m²."""
     products: Float32
@@ -127,9 +129,12 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     """
     if not sums.frames:
         return DetectorMap(np.ones(valid.shape, np.float32), np.ones_like(valid), 0.0)
-    texture, gain = _texture(sums, valid & _seen(sums))
-    following = _following(sums, valid, texture)
-    return DetectorMap(np.where(following, gain, 1).astype(np.float32), following, texture)
+    usual, seen = _usual_texture(sums, valid & _seen(sums)), valid & _seen(sums)
+    following = _following(sums, valid, usual)
+    if np.count_nonzero(valid & ~following) > _SETTLED * np.count_nonzero(valid):
+        return DetectorMap(np.ones(valid.shape, np.float32), following, 0.0)
+    texture, gain = _texture(sums, seen & following, usual)
+    return DetectorMap(gain.astype(np.float32), following, texture)
 
 
 def _seen(sums: DetectorSums) -> Mask:
@@ -139,7 +144,16 @@ def _seen(sums: DetectorSums) -> Mask:
     return np.asarray(enough & (signal**2 >= _LEAST_VISITS * sums.signal_squares))
 
 
-def _texture(sums: DetectorSums, judged: Mask) -> tuple[float, Image]:
+def _usual_texture(sums: DetectorSums, judged: Mask) -> float:
+    """Return the standard deviation of most gains, whatever some pixels do."""
+    if not judged.any():
+        return 0.0
+    signal, noise = sums.signal[judged], sums.noise[judged]
+    scatter = float(np.median(np.abs(sums.fine[judged] / signal))) / NORMAL_MEDIAN
+    return float(np.sqrt(max(scatter**2 - float(np.median(noise / signal**2)), 0)))
+
+
+def _texture(sums: DetectorSums, judged: Mask, usual: float) -> tuple[float, Image]:
     """Return the standard deviation of the gain over the pixels, 0 where not significant, and the gain itself (56, 57).
 
     Products of different frames at one pixel share the gain and nothing else: neither noise nor changes of the pattern.
@@ -151,17 +165,16 @@ def _texture(sums: DetectorSums, judged: Mask) -> tuple[float, Image]:
         one[judged].astype(np.float64)
         for one in (sums.fine, sums.fine_squares, sums.signal, sums.signal_squares, sums.noise)
     )
-    measured, of_noise = fine / signal, noise / signal**2
-    usual = max((np.median(np.abs(measured)) / NORMAL_MEDIAN) ** 2 - np.median(of_noise), 0)
-    weight = np.where(measured**2 < _NOT_FOLLOWING**2 * (usual + of_noise), noise**-2, 0)
+    measured, of_noise, of_others = fine / signal, noise / signal**2, signal**2 - signal_squares
+    weight = np.where(measured**2 < _NOT_FOLLOWING**2 * (usual**2 + of_noise), noise**-2, 0)
     products = weight * (fine**2 - squares)
-    possible = max(float((weight * (signal**2 - signal_squares)).sum()), 1e-300)
+    possible = max(float((weight * of_others).sum()), 1e-300)
     square, error = float(products.sum()) / possible, float(np.sqrt((products**2).sum())) / possible
     of_a_frame = float((weight * noise).sum()) / possible * sums.frames
     if square < _SIGNIFICANT * error or square < _WORTH * of_a_frame:
         return 0.0, ones
-    variance = _variance(fine, squares, noise, sums.frames) / signal**2
-    ones[judged] += measured * square / (square + variance)
+    changes = (squares - measured**2 * signal_squares) * signal**2 / of_others
+    ones[judged] += measured * square / (square + np.maximum(noise, changes) / signal**2)
     return float(np.sqrt(square)), ones
 
 
