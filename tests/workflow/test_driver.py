@@ -28,6 +28,7 @@ from stillframe.workflow.driver import run
 from stillframe.workflow.lease import lease
 from stillframe.workflow.ledger import Ledger
 from stillframe.workflow.run_folder import RunFolder
+from stillframe.workflow.run_reference import prepare_reference
 from stillframe.workflow.stages import Pass
 from stillframe.workflow.status import read_status
 from synthetic import contents, store_frames, windows
@@ -454,6 +455,14 @@ class TestBadInput:
         run(settings(stored, finished))
         assert json.loads(description.read_text())["origin"] == json.loads(text)["origin"]
         assert stores(finished) == stores(undisturbed)
+
+    @pytest.mark.parametrize(
+        "changed", [{"reference_kind": "unpumped"}, {"detector_map": False}, {"reference_iterations": 2}], ids=str
+    )
+    def test_other_settings_of_the_reference_make_it_anew(self, stored, finished, changed):
+        source = open_source(stored[0])
+        origins = [prepare_reference(settings(stored, finished, **given), source)[1] for given in ({}, {}, changed)]
+        assert origins[0].settings == origins[1].settings != origins[2].settings
 
     def test_changed_frames_of_the_reference_make_it_anew(self, stored, tmp_path):
         path, out = store_frames(tmp_path / "frames.zarr", self.frames()), tmp_path / "run"

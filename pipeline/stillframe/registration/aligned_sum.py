@@ -44,8 +44,8 @@ class AlignedSum:
     template: Template
     model: Image | None
     """Image and variance of the guide, (2, y, x); None in the first round, whose guide may be one noisy frame."""
-    detector: DetectorSums
-    """Sums over the frames where they were recorded, with a model."""
+    detector: DetectorSums | None
+    """Sums over the frames where they were recorded, of both halves; None without a model."""
     total: Image
     """Sum of the aligned frames less their offsets (y, x)."""
     gains: Image
@@ -76,8 +76,7 @@ class AlignedSum:
     def plus(self, other: "AlignedSum") -> "AlignedSum":
         """Return the sum of the frames of both."""
         total, gains, counts = self.total + other.total, self.gains + other.gains, self.counts + other.counts
-        detector, estimates = self.detector.plus(other.detector), self.estimates + other.estimates
-        return replace(self, detector=detector, total=total, gains=gains, counts=counts, estimates=estimates)
+        return replace(self, total=total, gains=gains, counts=counts, estimates=self.estimates + other.estimates)
 
     def without_highest(self) -> "AlignedSum":
         """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""
@@ -136,6 +135,7 @@ class AlignedSum:
         known = np.isfinite(expected) & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
         small = small_holes(kept) & np.isfinite(expected)
         hits = mask & ~kept & small
+        assert self.detector is not None
         self.detector.add(residual, expected, scatter, of_reference, mask & known & ~hits)
         return np.where(small, expected, frame), kept | small
 
@@ -153,17 +153,21 @@ class AlignedSum:
         )
 
 
-def sum_aligned(read: Read, indices: Sequence[int], guide: Reference, with_model: bool) -> AlignedSum:
-    """Align frames with a guide and sum them; with a model, outliers from it are left out."""
+def sum_aligned(
+    read: Read, indices: Sequence[int], guide: Reference, detector: DetectorSums | None = None
+) -> AlignedSum:
+    """Align frames with a guide and sum them; with a model, outliers from it are left out.
+
+    The model is the guide itself. It is used where sums over the detector are given, to which the frames are added.
+    """
     prepared = prepare(guide)
     assert prepared.template is not None
-    model = _model_of(guide, prepared.template) if with_model else None
-    detector = DetectorSums.empty(guide.shape)
+    model = None if detector is None else _model_of(guide, prepared.template)
     total = AlignedSum(guide, prepared, prepared.template, model, detector, *np.zeros((5, *guide.shape)))
     for first in range(0, len(indices), BATCH):
         for frame in read(indices[first : first + BATCH]):
             total.add(frame)
-    return total if with_model or total.used < _LEAST_TRIMMED else total.without_highest()
+    return total if model is not None or total.used < _LEAST_TRIMMED else total.without_highest()
 
 
 def _model_of(reference: Reference, template: Template) -> Image:

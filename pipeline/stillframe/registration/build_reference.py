@@ -18,7 +18,7 @@ from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
-from stillframe.registration.detector_map import DetectorMap, map_of
+from stillframe.registration.detector_map import DetectorMap, DetectorSums, map_of
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import contrast_of, prepare
@@ -212,8 +212,10 @@ def _rounds(
         return guide
     number, texture = found.number, 0.0
     for _ in range(_MAPS if with_map else 0):
+        if found.detector is None:
+            break
         mask = found.mean.frame_mask
-        fixed = map_of(found.whole.detector, mask)
+        fixed = map_of(found.detector, mask)
         if not fixed.texture and np.count_nonzero(mask & ~fixed.following) < _FEW_PIXELS * np.count_nonzero(mask):
             break
         guides = [_with_map(half, fixed) for half in _exchanged([half.mean() for half in found.halves])]
@@ -237,6 +239,8 @@ class _Found:
     """What a round gave."""
 
     halves: Sequence[AlignedSum]
+    detector: DetectorSums | None
+    """Sums over all frames, of a round with a model."""
     number: int = 1
     """How many rounds there were."""
 
@@ -279,8 +283,9 @@ def _one_round(
     """Register and average the frames of both halves; None where one of them has no mean then."""
     if any(prepare(one).template is None for one in guides):
         return None
-    sums = [sum_aligned(read, half, one, with_model) for half, one in zip(halves, guides, strict=True)]
-    return _Found(sums) if all(half.used for half in sums) else None
+    detector = DetectorSums.empty(guides[0].shape) if with_model else None
+    sums = [sum_aligned(read, half, one, detector) for half, one in zip(halves, guides, strict=True)]
+    return _Found(sums, detector) if all(half.used for half in sums) else None
 
 
 def _exchanged(means: Sequence[Reference]) -> list[Reference]:

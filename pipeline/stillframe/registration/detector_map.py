@@ -87,11 +87,6 @@ class DetectorSums:
         self.of_reference += of_reference
         self.frames += 1
 
-    def plus(self, other: "DetectorSums") -> "DetectorSums":
-        """Return the sums over the frames of both."""
-        mine, others = vars(self).values(), vars(other).values()
-        return DetectorSums(*(one + another for one, another in zip(mine, others, strict=True)))
-
 
 def _mean_around(image: Pixels, kept: Mask, side: int) -> Image:
     """Return the mean of the pixels that are kept in a square around each pixel."""
@@ -127,8 +122,6 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     valid : array of bool, shape (y, x)
         Pixels of the frames that are judged.
     """
-    if not sums.frames:
-        return DetectorMap(np.ones(valid.shape, np.float32), np.ones_like(valid), 0.0)
     usual, seen = _usual_texture(sums, valid & _seen(sums)), valid & _seen(sums)
     following = _following(sums, valid, usual)
     if np.count_nonzero(valid & ~following) > _SETTLED * np.count_nonzero(valid):

@@ -1,0 +1,181 @@
+"""What stays on the detector while the pattern moves is found, and what merely changes is not taken for it."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+import stillframe as sf
+from stillframe.registration.detector_map import DetectorSums, map_of
+from stillframe.simulation.experiment import evaluate
+
+SHAPE, FRAMES = (128, 120), 16
+NOISE_OF_MEAN = 1 / 8
+EVERYWHERE = np.ones(SHAPE, bool)
+
+
+@pytest.fixture(scope="module")
+def shifts():
+    return np.random.default_rng(1).uniform(-5, 5, (48, 2))
+
+
+@pytest.fixture(scope="module")
+def patterns(shifts):
+    """Expected counts of each frame."""
+    return np.stack([300 * evaluate("spots", SHAPE, shift) + 15 for shift in shifts])
+
+
+def sums_of(patterns, see, seed=0):
+    """Sums over frames as a detector sees them, each compared with a noisy mean."""
+    rng, sums = np.random.default_rng(seed), DetectorSums.empty(SHAPE)
+    for number, pattern in enumerate(patterns):
+        predicted = pattern + rng.normal(0, np.sqrt(NOISE_OF_MEAN * pattern))
+        residual = rng.poisson(see(number, pattern)) - predicted
+        sums.add(residual, predicted, (1 + NOISE_OF_MEAN) * pattern, NOISE_OF_MEAN / (1 + NOISE_OF_MEAN), EVERYWHERE)
+    return sums
+
+
+def changing(number, pattern):
+    """Spots that are brighter or weaker by a third, each on its own and anew in every frame."""
+    y, x = np.indices(SHAPE) // 24
+    factors = np.random.default_rng(number).uniform(0.67, 1.33, (8, 8))
+    return 15 + (pattern - 15) * factors[y, x]
+
+
+class TestEquations:
+    """The numbers of METHOD.md, summed frame by frame."""
+
+    @pytest.fixture
+    def drawn(self, patterns):
+        rng = np.random.default_rng(9)
+        gain = 1 + 0.15 * rng.normal(size=SHAPE)
+        signal = patterns[:FRAMES]
+        residual = rng.poisson(gain * signal) - signal
+        sums = DetectorSums.empty(SHAPE)
+        for r, m in zip(residual, signal, strict=True):
+            sums.add(r, m, m, 0.0, EVERYWHERE)
+        around = np.stack([scipy.ndimage.uniform_filter(r, 25, mode="constant") for r in residual])
+        share = scipy.ndimage.uniform_filter(np.ones(SHAPE), 25, mode="constant")
+        return sums, residual, residual - around / share, signal
+
+    def test_56_and_57_are_the_gains(self, drawn):
+        sums, _, fine, signal = drawn
+        found = map_of(sums, EVERYWHERE)
+        total, squares, noise = signal.sum(axis=0), (signal**2).sum(axis=0), signal.sum(axis=0)
+        judged = (total > 0.02 * total.mean()) & (total**2 >= 3 * squares) & found.following
+        of_others = sum(a * b for i, a in enumerate(fine) for j, b in enumerate(fine) if i != j)
+        usual = (np.median(np.abs(fine.sum(axis=0) / total)[judged]) / 0.6745) ** 2 - np.median((1 / total)[judged])
+        few = judged & ((fine.sum(axis=0) / total) ** 2 < 36 * (usual + 1 / total))
+        square = (of_others / noise**2)[few].sum() / ((total**2 - squares) / noise**2)[few].sum()
+        assert found.texture == pytest.approx(np.sqrt(square), rel=1e-3)
+        measured, q = fine.sum(axis=0) / total, squares / total**2
+        error = np.maximum(noise, ((fine**2).sum(axis=0) - fine.sum(axis=0) ** 2 * q) / (1 - q)) / total**2
+        expected = 1 + measured * square / (square + error)
+        np.testing.assert_allclose(found.gain[judged], expected[judged], atol=2e-3)
+
+    def test_58_is_what_does_not_follow(self, patterns):
+        signal = patterns[:FRAMES]
+        opaque = np.zeros(SHAPE, bool)
+        opaque[40:43, 30:90] = True
+        residual = np.where(opaque, 3.0, signal) - signal
+        sums = DetectorSums.empty(SHAPE)
+        for r, m in zip(residual, signal, strict=True):
+            sums.add(r, m, m, 0.1, EVERYWHERE)
+        total, noise = residual.sum(axis=0), signal.sum(axis=0)
+        error = np.maximum(noise, (residual**2).sum(axis=0) - total**2 / FRAMES)
+        differs = (np.abs(total) > 6 * np.sqrt(error)) & (np.abs(total) > 0.1 * signal.sum(axis=0))
+        changes = FRAMES * signal.var(axis=0)
+        covariance = changes + FRAMES * ((residual * signal).mean(axis=0) - residual.mean(axis=0) * signal.mean(axis=0))
+        of_pattern = np.maximum(changes - 0.66 * noise * 0.1, 0)
+        stays = (covariance < 0.4 * of_pattern) & (of_pattern - covariance > 6 * np.sqrt(noise / FRAMES * changes))
+        assert (differs | stays)[opaque].mean() > 0.9
+        assert not map_of(sums, EVERYWHERE).following[differs | stays].any()
+
+
+class TestWhatIsFound:
+    def test_nothing_where_nothing_stays(self, patterns):
+        found = map_of(sums_of(patterns[:FRAMES], lambda number, pattern: pattern), EVERYWHERE)
+        assert found.texture == 0 and found.following.all() and (found.gain == 1).all()
+
+    def test_nothing_where_the_pattern_itself_changes(self, patterns):
+        found = map_of(sums_of(patterns[:FRAMES], changing), EVERYWHERE)
+        assert found.texture == 0
+        assert np.count_nonzero(~found.following) < 0.005 * found.following.size
+
+    @pytest.mark.parametrize("change", [lambda number, pattern: pattern, changing], ids=["still", "changing"])
+    def test_the_gain_of_each_pixel(self, patterns, change):
+        gain = 1 + 0.1 * np.random.default_rng(7).normal(size=SHAPE)
+        found = map_of(sums_of(patterns[:FRAMES], lambda *frame: gain * change(*frame)), EVERYWHERE)
+        assert found.texture == pytest.approx(0.1, rel=0.15)
+        seen = found.gain != 1
+        assert seen.mean() > 0.4
+        assert np.std((found.gain - gain)[seen]) < 0.8 * np.std(gain[seen])
+        assert np.corrcoef(found.gain[seen], gain[seen])[0, 1] > 0.7
+
+    @pytest.mark.parametrize(("opaque", "missed"), [(1.0, 0.02), (0.6, 0.3)])
+    def test_a_shade_that_no_mask_marks(self, patterns, opaque, missed):
+        shade = np.zeros(SHAPE, bool)
+        shade[:, 50:58] = True
+        found = map_of(sums_of(patterns[:FRAMES], lambda number, pattern: pattern * (1 - opaque * shade)), EVERYWHERE)
+        assert found.following[~shade].mean() > 0.98
+        assert found.following[:, 51:57].mean() < missed
+
+    def test_hot_clusters(self, patterns):
+        rng, hot = np.random.default_rng(3), np.zeros(SHAPE)
+        for y, x in rng.integers(3, 110, (12, 2)):
+            hot[y : y + 3, x : x + 3] = 60
+        found = map_of(sums_of(patterns[:FRAMES], lambda number, pattern: pattern + hot), EVERYWHERE)
+        assert found.following[hot > 0].mean() < 0.05
+        assert found.following[hot == 0].mean() > 0.95
+
+    def test_too_many_pixels_are_not_left_out(self, patterns):
+        """The frames then show something else as a whole."""
+        found = map_of(sums_of(patterns[:FRAMES], lambda number, pattern: 2 * pattern), EVERYWHERE)
+        assert found.following.all()
+
+
+def errors_over_sigma(frames, shifts, reference):
+    matches = sf.match_frames(frames, reference)
+    good = matches["flag"] == 0
+    assert good.mean() > 0.9
+    errors = np.stack([matches["dy"], matches["dx"]], axis=1) - shifts
+    errors -= errors[good].mean(axis=0)
+    sigma = np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)
+    return errors[good].std(), (errors / sigma)[good].std()
+
+
+def make(frames, mask=None, **options):
+    return sf.make_reference(frames, mask, use=slice(0, FRAMES), max_shift=10, **options)
+
+
+class TestReferences:
+    """Errors of the other frames, by references of the first sixteen."""
+
+    def test_a_block_that_no_mask_marks_pulls_no_more(self, patterns, shifts):
+        open_ = np.ones(SHAPE, bool)
+        open_[52:76, 40:] = False
+        frames = np.random.default_rng(5).poisson(np.where(open_, patterns, 2)).astype(np.uint16)
+        without = make(frames, detector_map=False)
+        rms_pulled, z_pulled = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], without)
+        found = make(frames)
+        rms, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
+        rms_masked, _ = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], make(frames, open_))
+        assert z_pulled > 3 and z < 1.4
+        assert rms < 1.4 * rms_masked < 0.5 * rms_pulled
+        assert "pixels that do not follow the pattern" in found.history
+
+    def test_gains_become_part_of_the_flat(self, patterns, shifts):
+        gain = 1 + 0.1 * np.random.default_rng(6).normal(size=SHAPE)
+        frames = np.random.default_rng(5).poisson(20 * gain * patterns).astype(np.uint16)
+        plain, found, known = make(frames, detector_map=False), make(frames), make(frames, flat=gain)
+        assert plain.flat is None and found.flat is not None
+        assert "gains of pixels that differ by" in found.history
+        (before, _), (after, z), (best, _) = (
+            errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], one) for one in (plain, found, known)
+        )
+        assert best < after < 0.7 * before
+        assert z < 1.6
+        assert found.digest != plain.digest
+
+    def test_a_clean_detector_gives_the_same_reference(self, patterns):
+        frames = np.random.default_rng(5).poisson(patterns[:FRAMES]).astype(np.uint16)
+        assert make(frames).digest == make(frames, detector_map=False).digest
