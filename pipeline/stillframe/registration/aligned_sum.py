@@ -28,7 +28,7 @@ _OUTLIER = 5.0
 _MODEL_ERROR = 0.1
 """Error of the model that is tolerated besides, as a fraction of the intensity."""
 _UNKNOWN = 1e8
-"""Variance of a model's pixels where it has a hole, in units of the largest other one: it rules nothing out."""
+"""Variance of a model's pixels where it has a hole, in units of the largest other one."""
 _LEAST_TRIMMED = 4
 """In the first round, the highest value of each pixel is left out if at least so many frames observed it."""
 _LEAST_VARIANCE = 1e-3
@@ -125,15 +125,17 @@ class AlignedSum:
         everywhere = np.ones(self.guide.shape, np.bool_)
         back = np.stack([-estimate.shift] * 2)
         expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
-        expected = estimate.gain * (expected - self.template.level) + estimate.offset
+        inside = np.isfinite(expected)  # elsewhere the frame shows what lies beyond the border of the model
+        expected = np.where(inside, estimate.gain * (expected - self.template.level), 0) + estimate.offset
         count = self.template.grain * estimate.variance / estimate.gain
         of_reference = estimate.gain**2 / (estimate.variance + estimate.gain**2)
         scatter = (estimate.variance + estimate.gain**2) * np.abs(variance)
-        limit = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
+        known = inside & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
+        explained = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
+        limit = np.where(known, explained, estimate.gain * np.ptp(self.model[0]))
         residual = frame - expected
         kept = mask & ~(np.abs(residual) > limit)
-        known = np.isfinite(expected) & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
-        small = small_holes(kept) & np.isfinite(expected)
+        small = small_holes(kept) & inside
         hits = mask & ~kept & small
         assert self.detector is not None
         self.detector.add(residual, expected, scatter, of_reference, mask & known & ~hits)
@@ -171,7 +173,7 @@ def sum_aligned(
 
 
 def _model_of(reference: Reference, template: Template) -> Image:
-    """Return image and variance of a reference, (2, y, x); in holes the smoothed image, which rules nothing out."""
+    """Return a reference's image and variance, (2, y, x); holes hold the smoothed image and a far larger variance."""
     image, mask = reference.image.astype(np.float64), reference.mask
     soft = smooth(image, mask, template.smoothing)
     variance = variance_of(soft, mask, prepare(reference).noise)

@@ -52,7 +52,7 @@ class DetectorSums:
     fine_squares: Float32
     """Σ r′²."""
     close_squares: Float32
-    """Σ (mean of r over the closest surroundings)²."""
+    """Σ (sum of r over the closest surroundings)²."""
     signal: Float32
     """Σ m: prediction, in the corrected counts that gains divide."""
     signal_squares: Float32
@@ -73,13 +73,14 @@ class DetectorSums:
     def add(self, residual: Image, signal: Image, variance: Image, of_reference: float, kept: Mask) -> None:
         """Add a frame, (y, x) each; pixels that are not kept do not count."""
         known = np.where(kept, residual, 0)
-        fine = np.where(kept, known - _mean_around(known, kept, _AROUND), 0)
+        around = _sum_around(known, _AROUND) / np.maximum(_sum_around(kept, _AROUND), 1)
+        fine = np.where(kept, known - around, 0)
         seen = np.where(kept, signal, 0)
         self.residual += known
         self.fine += fine
         self.squares += known**2
         self.fine_squares += fine**2
-        self.close_squares += _mean_around(known, kept, _CLOSE) ** 2
+        self.close_squares += _sum_around(known, _CLOSE) ** 2
         self.signal += seen
         self.signal_squares += seen**2
         self.products += known * seen
@@ -88,12 +89,10 @@ class DetectorSums:
         self.frames += 1
 
 
-def _mean_around(image: Pixels, kept: Mask, side: int) -> Image:
-    """Return the mean of the pixels that are kept in a square around each pixel."""
-    total, number = (
-        scipy.ndimage.uniform_filter(one.astype(np.float32), side, mode="constant") for one in (image, kept)
-    )
-    return np.asarray(total / np.maximum(number, 1 / side**2))
+def _sum_around(image: Pixels, side: int) -> Image:
+    """Return the sum over a square around each pixel."""
+    mean = scipy.ndimage.uniform_filter(image, side, mode="constant", output=np.float64)
+    return np.asarray(mean * side**2)
 
 
 class DetectorMap(NamedTuple):
@@ -179,18 +178,17 @@ def _variance(total: Pixels, squares: Pixels, noise: Pixels, number: int) -> Ima
 def _following(sums: DetectorSums, valid: Mask, texture: float) -> Mask:
     """Return True but where pixels show something else than the pattern that moves; True for all if too many (58).
 
-    Single pixels are judged first, then the means of the others over the closest surroundings, whose noise is less.
+    Single pixels are judged first, then the sums of the others over the closest surroundings, whose noise is less.
     """
     expected = np.maximum(sums.signal, _LEAST_SIGNAL * max(float(sums.signal[valid].mean()), 0.0))
     error = _variance(sums.residual, sums.squares, sums.noise, sums.frames) + (texture * expected) ** 2
     odd = valid & (_differs(sums.residual, error, expected) | _stays(*_changes(sums)))
     rest = valid & ~odd
-    share = np.maximum(_mean_around(rest, np.ones_like(rest), _CLOSE), _CLOSE**-2) * _CLOSE**2
-    mean, of_noise, signal, *changes = (
-        _mean_around(np.where(rest, one, 0), rest, _CLOSE) for one in (sums.residual, error, expected, *_changes(sums))
+    total, of_noise, signal, *changes = (
+        _sum_around(np.where(rest, one, 0), _CLOSE) for one in (sums.residual, error, expected, *_changes(sums))
     )
-    error = np.maximum(of_noise / share, sums.close_squares - mean**2 / sums.frames)
-    odd |= rest & (_differs(mean, error, signal) | _stays(changes[0], changes[1], changes[2] / share))
+    scatter = np.maximum(of_noise, sums.close_squares - total**2 / sums.frames)
+    odd |= rest & (_differs(total, scatter, signal) | _stays(*changes))
     few = np.count_nonzero(odd) <= _MOST_LEFT_OUT * np.count_nonzero(valid)
     return ~odd if few else np.ones_like(valid)
 
@@ -198,7 +196,8 @@ def _following(sums: DetectorSums, valid: Mask, texture: float) -> Mask:
 def _differs(residual: Pixels, error: Image, expected: Pixels) -> Mask:
     """Return True where all frames differ alike, and by much, from what is expected."""
     apart = np.abs(residual)
-    return np.asarray((apart > _NOT_FOLLOWING * np.sqrt(error)) & (apart > _NOT_FOLLOWING_BY * expected))
+    deviation = np.sqrt(np.maximum(error, 0))
+    return np.asarray((apart > _NOT_FOLLOWING * deviation) & (apart > _NOT_FOLLOWING_BY * expected))
 
 
 def _changes(sums: DetectorSums) -> tuple[Image, Image, Image]:
@@ -214,5 +213,5 @@ def _changes(sums: DetectorSums) -> tuple[Image, Image, Image]:
 
 def _stays(covariance: Image, variance: Image, error: Image) -> Mask:
     """Return True where frames change by less than they must as the pattern moves."""
-    missing = variance - covariance
-    return np.asarray((covariance < _LEAST_SLOPE * variance) & (missing > _NOT_FOLLOWING * np.sqrt(error)))
+    missing, deviation = variance - covariance, np.sqrt(np.maximum(error, 0))
+    return np.asarray((covariance < _LEAST_SLOPE * variance) & (missing > _NOT_FOLLOWING * deviation))
