@@ -105,8 +105,9 @@ class AlignedSum:
         (aligned,) = resample_frames(filled[None], estimate.shift[None], kept, interpolation="cubic")
         observed = np.isfinite(aligned)
         above = np.where(observed, aligned - estimate.offset, 0)
-        higher = observed & ((above > self.highest) | (self.counts == 0))
-        self.highest[higher], self.gain_of_highest[higher] = above[higher], estimate.gain
+        if self.model is None:  # else these stay untouched, and take no memory
+            higher = observed & ((above > self.highest) | (self.counts == 0))
+            self.highest[higher], self.gain_of_highest[higher] = above[higher], estimate.gain
         self.total += above
         self.gains[observed] += estimate.gain
         self.counts[observed] += 1
