@@ -176,6 +176,13 @@ class TestReferences:
         assert z < 1.6
         assert found.digest != plain.digest
 
+    def test_too_little_drift_is_said(self, patterns):
+        still = np.random.default_rng(5).poisson(np.repeat(patterns[:1], FRAMES, axis=0)).astype(np.uint16)
+        assert "px is too small to tell the detector's pattern from the sample's" in make(still).history
+        assert "too small" not in make(still, detector_map=False).history
+        moving = np.random.default_rng(5).poisson(patterns[:FRAMES]).astype(np.uint16)
+        assert "too small" not in make(moving).history
+
     def test_a_clean_detector_gives_the_same_reference(self, patterns):
         frames = np.random.default_rng(5).poisson(patterns[:FRAMES]).astype(np.uint16)
         assert make(frames).digest == make(frames, detector_map=False).digest

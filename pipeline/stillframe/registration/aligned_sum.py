@@ -131,15 +131,15 @@ class AlignedSum:
         count = self.template.grain * estimate.variance / estimate.gain
         of_reference = estimate.gain**2 / (estimate.variance + estimate.gain**2)
         scatter = (estimate.variance + estimate.gain**2) * np.abs(variance)
-        known = inside & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
+        modelled = inside & (np.abs(variance) < self.model[1].max() / _UNKNOWN**0.5)
         explained = residual_limit(scatter, count, _OUTLIER) + _MODEL_ERROR * np.abs(expected)
-        limit = np.where(known, explained, estimate.gain * np.ptp(self.model[0]))
+        limit = np.where(modelled, explained, estimate.gain * np.ptp(self.model[0]))
         residual = frame - expected
         kept = mask & ~(np.abs(residual) > limit)
         small = small_holes(kept) & inside
         hits = mask & ~kept & small
         assert self.detector is not None
-        self.detector.add(residual, expected, scatter, of_reference, mask & known & ~hits)
+        self.detector.add(residual, expected, scatter, of_reference, mask & modelled & ~hits)
         return np.where(small, expected, frame), kept | small
 
     def mean(self, history: str | None = None) -> Reference:

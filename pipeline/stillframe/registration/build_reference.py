@@ -44,6 +44,8 @@ _ENOUGH = 0.8
 """Fraction of the usable frames that must be registered with a first guide for no other to be tried."""
 _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
+_LEAST_DRIFT = 1.0
+"""With a smaller rms drift, pixels, each feature stays on its pixels."""
 _FEW_PIXELS = 2e-3
 """Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
 _MAPS = 4
@@ -207,25 +209,27 @@ def _rounds(
     ``with_map``, gains of pixels are corrected and pixels that do not follow the pattern are left out, as
     long as that changes much.
     """
-    found = _rounds_until_still(read, halves, [guide, guide], iterations)
-    if found is None:
+    current = _rounds_until_still(read, halves, [guide, guide], iterations)
+    if current is None:
         return guide
-    number, texture = found.number, 0.0
+    number, texture = current.number, 0.0
     for _ in range(_MAPS if with_map else 0):
-        if found.detector is None:
+        if current.detector is None:
             break
-        mask = found.mean.frame_mask
-        fixed = map_of(found.detector, mask)
+        mask = current.mean.frame_mask
+        fixed = map_of(current.detector, mask)
         if not fixed.texture and np.count_nonzero(mask & ~fixed.following) < _FEW_PIXELS * np.count_nonzero(mask):
             break
-        guides = [_with_map(half, fixed) for half in _exchanged([half.mean() for half in found.halves])]
+        guides = [_with_map(half, fixed) for half in _exchanged([half.mean() for half in current.halves])]
         better = _one_round(read, halves, guides, with_model=True)
         if better is None:
             break
-        found, number, texture = better, number + 1, float(np.hypot(texture, fixed.texture))
-    history = f"mean of {found.whole.used} of {asked} frames, aligned in {number} rounds"
+        current, number, texture = better, number + 1, float(np.hypot(texture, fixed.texture))
+    history = f"mean of {current.whole.used} of {asked} frames, aligned in {number} rounds"
     gains = f", with gains of pixels that differ by {texture:.1%}" if texture else ""
-    return found.mean.replace(history=f"{history}{gains}")
+    drift = float(np.sqrt(np.mean(current.shifts**2)))
+    little = f", whose drift of {drift:.1f} px is too small to tell the detector's pattern from the sample's"
+    return current.mean.replace(history=f"{history}{gains}{little if with_map and drift < _LEAST_DRIFT else ''}")
 
 
 def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:
@@ -235,7 +239,7 @@ def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Round:
     """What a round gave."""
 
     halves: Sequence[AlignedSum]
@@ -260,16 +264,16 @@ class _Found:
 
 def _rounds_until_still(
     read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], iterations: int
-) -> _Found | None:
+) -> _Round | None:
     """Repeat rounds until the shifts no longer change; None where not even one gave a mean of both halves."""
-    last: _Found | None = None
+    last: _Round | None = None
     for number in range(1, iterations + 1):
         if last:
             guides = _exchanged([half.mean() for half in last.halves])
-        found = _one_round(read, halves, guides, with_model=number > 1)
-        if found is None:
+        current = _one_round(read, halves, guides, with_model=number > 1)
+        if current is None:
             break
-        before, last = last, replace(found, number=number)
+        before, last = last, replace(current, number=number)
         if before and before.shifts.shape == last.shifts.shape:
             moved = np.abs(last.shifts - before.shifts).mean()
             if moved < _CONVERGED * last.halves[0].sigma:
@@ -279,13 +283,13 @@ def _rounds_until_still(
 
 def _one_round(
     read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], *, with_model: bool
-) -> _Found | None:
+) -> _Round | None:
     """Register and average the frames of both halves; None where one of them has no mean then."""
     if any(prepare(one).template is None for one in guides):
         return None
     detector = DetectorSums.empty(guides[0].shape) if with_model else None
     sums = [sum_aligned(read, half, one, detector) for half, one in zip(halves, guides, strict=True)]
-    return _Found(sums, detector) if all(half.used for half in sums) else None
+    return _Round(sums, detector) if all(half.used for half in sums) else None
 
 
 def _exchanged(means: Sequence[Reference]) -> list[Reference]:

@@ -22,7 +22,7 @@ _CLOSE = 9
 _LEAST_SIGNAL = 0.02
 """Least signal of a pixel over all frames, as a fraction of the mean."""
 _LEAST_VISITS = 3.0
-"""Least number of frames, by their signal, in which a pixel saw the pattern."""
+"""Least number of frames, by their signal, in which the pattern passed a pixel."""
 _SIGNIFICANT = 5.0
 """A texture is corrected if its variance is so many standard errors above 0."""
 _WORTH = 0.005
@@ -72,18 +72,17 @@ class DetectorSums:
 
     def add(self, residual: Image, signal: Image, variance: Image, of_reference: float, kept: Mask) -> None:
         """Add a frame, (y, x) each; pixels that are not kept do not count."""
-        known = np.where(kept, residual, 0)
-        around = _sum_around(known, _AROUND) / np.maximum(_sum_around(kept, _AROUND), 1)
-        fine = np.where(kept, known - around, 0)
-        seen = np.where(kept, signal, 0)
-        self.residual += known
+        counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
+        around = _sum_around(counted, _AROUND) / np.maximum(_sum_around(kept, _AROUND), 1)
+        fine = np.where(kept, counted - around, 0)
+        self.residual += counted
         self.fine += fine
-        self.squares += known**2
+        self.squares += counted**2
         self.fine_squares += fine**2
-        self.close_squares += _sum_around(known, _CLOSE) ** 2
-        self.signal += seen
-        self.signal_squares += seen**2
-        self.products += known * seen
+        self.close_squares += _sum_around(counted, _CLOSE) ** 2
+        self.signal += predicted
+        self.signal_squares += predicted**2
+        self.products += counted * predicted
         self.noise += np.where(kept, variance, 0)
         self.of_reference += of_reference
         self.frames += 1
@@ -105,11 +104,6 @@ class DetectorMap(NamedTuple):
     texture: float
     """Standard deviation of the gain; 0 where none is significant."""
 
-    @property
-    def left_out(self) -> int:
-        """Number of pixels that do not follow."""
-        return int(np.count_nonzero(~self.following))
-
 
 def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     """Return the gains of pixels, and which of them follow the pattern.
@@ -121,19 +115,20 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     valid : array of bool, shape (y, x)
         Pixels of the frames that are judged.
     """
-    usual, seen = _usual_texture(sums, valid & _seen(sums)), valid & _seen(sums)
+    lit = valid & _lit(sums)
+    usual = _usual_texture(sums, lit)
     following = _following(sums, valid, usual)
     if np.count_nonzero(valid & ~following) > _SETTLED * np.count_nonzero(valid):
         return DetectorMap(np.ones(valid.shape, np.float32), following, 0.0)
-    texture, gain = _texture(sums, seen & following, usual)
+    texture, gain = _texture(sums, lit & following, usual)
     return DetectorMap(gain.astype(np.float32), following, texture)
 
 
-def _seen(sums: DetectorSums) -> Mask:
-    """Return True where enough of the pattern was seen, in several frames."""
+def _lit(sums: DetectorSums) -> Mask:
+    """Return True where enough of the pattern passed, in several frames."""
     signal = sums.signal.astype(np.float64)
     enough = signal > _LEAST_SIGNAL * max(float(signal.mean()), 0.0)
-    return np.asarray(enough & (signal**2 >= _LEAST_VISITS * sums.signal_squares))
+    return np.asarray(enough & (sums.noise > 0) & (signal**2 >= _LEAST_VISITS * sums.signal_squares))
 
 
 def _usual_texture(sums: DetectorSums, judged: Mask) -> float:
