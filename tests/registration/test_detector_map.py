@@ -87,6 +87,7 @@ class TestEquations:
         covariance = changes + FRAMES * ((residual * signal).mean(axis=0) - residual.mean(axis=0) * signal.mean(axis=0))
         of_pattern = np.maximum(changes - 0.66 * noise * 0.1, 0)
         stays = (covariance < 0.4 * of_pattern) & (of_pattern - covariance > 6 * np.sqrt(noise / FRAMES * changes))
+        stays &= of_pattern - covariance > 0.0225 * (signal**2).sum(axis=0)
         assert (differs | stays)[opaque].mean() > 0.9
         assert not map_of(sums, EVERYWHERE).following[differs | stays].any()
 
@@ -110,6 +111,20 @@ class TestWhatIsFound:
         assert seen.mean() > 0.4
         assert np.std((found.gain - gain)[seen]) < 0.8 * np.std(gain[seen])
         assert np.corrcoef(found.gain[seen], gain[seen])[0, 1] > 0.7
+
+    def test_nothing_where_a_smooth_background_stays(self, patterns, shifts):
+        """The mean of aligned frames contains it, smeared, so that the prediction moves it."""
+        y, x = np.indices(SHAPE)
+
+        def bump(dy=0.0, dx=0.0):
+            return 200 * np.exp(-((y + dy - 64) ** 2 + (x + dx - 60) ** 2) / 2 / 25**2)
+
+        rng, sums = np.random.default_rng(2), DetectorSums.empty(SHAPE)
+        for pattern, (dy, dx) in zip(patterns[:FRAMES], shifts, strict=False):
+            predicted = pattern + bump(dy, dx)
+            residual = rng.poisson(pattern + bump()) - predicted
+            sums.add(residual, predicted, 1.1 * predicted, 0.1, EVERYWHERE)
+        assert map_of(sums, EVERYWHERE).following.mean() > 0.97
 
     @pytest.mark.parametrize(("opaque", "missed"), [(1.0, 0.02), (0.6, 0.3)])
     def test_a_shade_that_no_mask_marks(self, patterns, opaque, missed):

@@ -33,6 +33,8 @@ _NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
 """A pixel does not follow if it differs by so many standard deviations, and by this fraction of what is expected."""
 _LEAST_SLOPE = 0.4
 """Nor if it shows less than this fraction of the changes that are expected as the pattern moves."""
+_LEAST_MISSING = 0.15
+"""These changes must be this fraction, rms, of what is expected: smaller ones are a smooth background that stays."""
 _KEPT_NOISE = 0.66
 """Fraction of its variance that noise keeps when moved by a fraction of a pixel, cubic, on average."""
 _MOST_LEFT_OUT = 0.3
@@ -195,18 +197,19 @@ def _differs(residual: Pixels, error: Image, expected: Pixels) -> Mask:
     return np.asarray((apart > _NOT_FOLLOWING * deviation) & (apart > _NOT_FOLLOWING_BY * expected))
 
 
-def _changes(sums: DetectorSums) -> tuple[Image, Image, Image]:
-    """Return covariance of frame and signal over the frames, variance of the signal, and variance of the first.
+def _changes(sums: DetectorSums) -> tuple[Image, Image, Image, Pixels]:
+    """Return covariance of frame and signal over the frames, variance of the signal, that of the first, and squares.
 
     The noise of the reference moves with the signal, but is not in the frame.
     """
     variance = np.maximum(sums.signal_squares - sums.signal**2 / sums.frames, 0)
     covariance = variance + sums.products - sums.residual * sums.signal / sums.frames
     of_noise = _KEPT_NOISE * sums.noise * sums.of_reference / sums.frames
-    return covariance, np.maximum(variance - of_noise, 0), sums.noise / sums.frames * variance
+    return covariance, np.maximum(variance - of_noise, 0), sums.noise / sums.frames * variance, sums.signal_squares
 
 
-def _stays(covariance: Image, variance: Image, error: Image) -> Mask:
+def _stays(covariance: Image, variance: Image, error: Image, squares: Pixels) -> Mask:
     """Return True where frames change by less than they must as the pattern moves."""
     missing, deviation = variance - covariance, np.sqrt(np.maximum(error, 0))
-    return np.asarray((covariance < _LEAST_SLOPE * variance) & (missing > _NOT_FOLLOWING * deviation))
+    less = (covariance < _LEAST_SLOPE * variance) & (missing > _NOT_FOLLOWING * deviation)
+    return np.asarray(less & (missing > _LEAST_MISSING**2 * squares))
