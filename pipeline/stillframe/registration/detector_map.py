@@ -86,7 +86,7 @@ class DetectorSums:
         self.signal_squares += predicted**2
         self.products += counted * predicted
         self.noise += np.where(kept, variance, 0)
-        self.of_reference += of_reference
+        self.of_reference += float(of_reference)
         self.frames += 1
 
 

@@ -281,7 +281,7 @@ def _template(reference: Reference, mask: Mask, pixels: Statistics, noise: Noise
 
     Otherwise no template could use the pixels around a hole, whose shifted neighbours must be known.
     """
-    filled, known = with_small_holes_filled(np.where(mask, reference.image - np.float64(pixels.mean), 0), mask)
+    filled, known = with_small_holes_filled(np.where(mask, reference.image.astype(np.float64) - pixels.mean, 0), mask)
     relative = noise.relative_to(pixels.mean)
     return prepare_template(
         filled, known, relative, reference.smoothing, level=pixels.mean, frame_mask=reference.frame_mask
