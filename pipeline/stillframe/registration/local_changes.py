@@ -93,9 +93,9 @@ def _remainder(fields: Image, terms: Image, weight: Image) -> Image:
     root = np.sqrt(weight)
     scale = np.sqrt((terms**2 @ weight)[:, None])
     basis = np.divide(terms * root, scale, out=np.zeros_like(terms), where=scale > 0)
-    values, vectors = np.linalg.eigh(np.einsum("kn,ln->kl", basis, basis))
+    values, vectors = np.linalg.eigh(basis @ basis.T)
     kept = vectors[:, values > _SINGULAR * values[-1]]
     orthonormal = (kept / np.sqrt(values[values > _SINGULAR * values[-1]])).T @ basis
     scaled = fields * root
-    remainder = scaled - np.einsum("kn,ln->kl", scaled, orthonormal) @ orthonormal
+    remainder = scaled - (scaled @ orthonormal.T) @ orthonormal
     return np.asarray(np.divide(remainder, root, out=np.zeros_like(remainder), where=root > 0))

@@ -181,7 +181,7 @@ class Draft:
         beside = [(1, 0), (-1, 0), (0, 1), (0, -1)]
         shared[:, *np.transpose(beside) + REACH] = self.shared_noise(self.support, beside)
         shared = curvature(shared)
-        return products_of(self._shift_templates, np.stack(slopes)) - shared, shared
+        return self._shift_templates @ np.stack(slopes).T - shared, shared
 
     @cached_property
     def mean_slopes(self) -> list[Image]:
@@ -204,7 +204,7 @@ class Draft:
         jacobian, shared = self._curvatures
         if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or is_singular(jacobian):
             return np.inf
-        variance = products_of(self._shift_templates * self.variance[self.support], self._shift_templates)
+        variance = (self._shift_templates * self.variance[self.support]) @ self._shift_templates.T
         inverse = np.linalg.inv(jacobian)
         attraction = np.abs(np.diag(shared)) / np.diag(jacobian)
         of_members = _MEMBER_FRACTION / _LEAST_MEMBERS * np.sum(attraction**2) / 12
@@ -235,7 +235,7 @@ class Draft:
         for place, (y, x) in enumerate(lags):
             there = weight * noise[_within(rows + y, noise.shape[0]), _within(columns + x, noise.shape[1])]
             of_slopes, own = kernels[:, middle - y, middle - x], kernels[2, middle - y, middle - x]
-            shared[:, place] = float(there.sum()) * of_slopes - products_of(by_weights, there[None])[:, 0] * own
+            shared[:, place] = float(there.sum()) * of_slopes - (by_weights @ there) * own
         return shared
 
     @cached_property
@@ -293,11 +293,6 @@ def _informative_bins(inner: Mask, information: Image, side: int) -> Mask:
     cumulated = np.cumsum(ordered)
     least = ordered[min(np.searchsorted(cumulated, _KEPT_INFORMATION * cumulated[-1]), len(ordered) - 1)]
     return np.asarray(inner & (density >= least))
-
-
-def products_of(rows: Image, others: Image) -> Image:
-    """Return Σ rows_k others_l, (k, l); not by BLAS, whose bits may depend on the number of threads."""
-    return np.asarray(np.einsum("kn,ln->kl", rows, others))
 
 
 def curvature(model: Image) -> Image:

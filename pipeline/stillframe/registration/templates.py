@@ -24,7 +24,6 @@ from stillframe.registration.template_draft import (
     best_smoothed,
     curvature,
     is_singular,
-    products_of,
 )
 
 LAGS = SIZE**2
@@ -239,8 +238,8 @@ def _support(draft: Draft, image: Float32, support: Mask, rows: Indices) -> Supp
         model=_model_sums(image, draft.side, runs, bins).reshape(shared.shape) - shared,
         shared=shared,
         totals=templates.sum(axis=1),
-        linear=products_of(templates, bins.taylor),
-        products=products_of(templates * variance, templates),
+        linear=templates @ bins.taylor.T,
+        products=(templates * variance) @ templates.T,
         count=int(np.count_nonzero(support)),
         noisy=float((draft.weight * draft.noise)[support].sum()),
         rows=rows,
@@ -357,4 +356,4 @@ def _wander(draft: Draft) -> Image:
 
 def _products(one: Image, other: Image, weight: Image) -> Image:
     """Return Σ one_k other_l weight over the bins, (2, 2)."""
-    return products_of((one * weight).reshape(2, -1), other.reshape(2, -1))
+    return np.asarray((one * weight).reshape(2, -1) @ other.reshape(2, -1).T)
