@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -33,9 +34,25 @@ def test_errors_while_a_run_is_being_stopped_count_as_stopped(stopping, status, 
     with pytest.raises(typer.Exit) as ended:
         breaks()
     assert ended.value.exit_code == status
-    words = capsys.readouterr().err
-    assert "Error: the scheduler is gone" in words
-    assert ("give the same command again to go on" in words) == stopping
+    assert "Error: the scheduler is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("moment", "status", "printed"),
+    [
+        ("cli.app = lambda: (print('done'), stop())", 130, "done\n"),  # before or after the command's own code
+        ("cli.app = lambda: (print('done'), atexit.register(stop), sys.exit(1))", 1, "done\n"),  # while Python ends
+    ],
+)
+def test_a_signal_outside_of_a_command_ends_it_in_words(moment, status, printed, number):
+    code = f"import atexit, os, sys\nfrom stillframe import cli\nstop = lambda: os.kill(os.getpid(), {int(number)})\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{code}{moment}\ncli.main()"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == status
+    assert ended.stdout == printed
+    assert ended.stderr == (f"{cli._STOPPED}\n" if status == 130 else "")
 
 
 @pytest.mark.slow
@@ -57,7 +74,7 @@ def test_the_demonstration_prints_the_true_errors(tmp_path):
     masked, plain = (
         re.search(rf"{name}.*?(\d+)\s+([\d.]+)\s+([\d.]+)", shown.stdout) for name in ("masked", "without")
     )
-    assert max(float(masked[2]), float(masked[3])) < min(float(plain[2]), float(plain[3])) / 2
+    assert np.hypot(float(masked[2]), float(masked[3])) < np.hypot(float(plain[2]), float(plain[3])) / 2
     assert (tmp_path / "stillframe-demo" / "run" / "aligned.zarr").is_dir()
     with (
         xr.open_zarr(tmp_path / "stillframe-demo" / "run" / "shifts.zarr", chunks=None) as shifts,

@@ -40,16 +40,35 @@ _stopping = threading.Event()
 def main() -> None:
     """Run the command line."""
     logging.lastResort = None  # warnings of libraries go to the run's log only
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
+    _on_signals(_stop)
+    try:
+        status = _status_of_app()
+        sys.stdout.flush()
+        _on_signals(functools.partial(_leave, status))
+    except KeyboardInterrupt:  # also before or after the command's own code
+        status = EXIT_INTERRUPTED
+    if status == EXIT_INTERRUPTED:
+        err.print(_STOPPED)
+    if _stopping.is_set():
+        # Python would end as if killed by SIGINT if the signal came during an import, even when it was handled.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status_of_app() -> int:
+    """Run the command that was asked for; return its exit status."""
     try:
         app()
     except SystemExit as end:
-        if _stopping.is_set():
-            sys.stdout.flush()
-            # Python would end as if killed by SIGINT if the signal came during an import, even when it was handled.
-            os._exit(EXIT_INTERRUPTED if end.code is None else int(end.code))
-        raise
+        return EXIT_INTERRUPTED if end.code is None else int(end.code)
+    return 0
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call a handler on SIGINT and SIGTERM."""
+    for number in _SIGNALS:
+        signal.signal(number, handler)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
@@ -61,24 +80,24 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _leave(status: int, _number: int, _frame: FrameType | None) -> None:
+    """Exit at once with the status of a command that has ended: a signal comes too late to stop it."""
+    os._exit(status)
+
+
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Add a command that prints errors and interruptions without a traceback, and exits with a status for each."""
+    """Add a command that prints errors without a traceback, and exits with a status for each."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # a second signal would print a traceback
-            err.print(_STOPPED)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except (OSError, RunStopped, LeaseError, TypeError, ValueError) as error:
             err.print(f"Error: {error}", markup=False)
-            if not _stopping.is_set():
-                raise typer.Exit(EXIT_REFUSED) from error
-            err.print(_STOPPED)  # the error is a consequence of stopping
-            raise typer.Exit(EXIT_INTERRUPTED) from error
+            # After a signal, the error is a consequence of stopping.
+            raise typer.Exit(EXIT_INTERRUPTED if _stopping.is_set() else EXIT_REFUSED) from error
 
     return app.command()(wrapped)
 
