@@ -89,11 +89,18 @@ def without_names(path):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"attributes": [1]}))
 
 
+def torn(path):
+    """Cut the metadata of a Zarr node short."""
+    metadata = path / "zarr.json"
+    metadata.write_text(metadata.read_text()[:40])
+
+
+@pytest.mark.parametrize("spoil", [without_names, torn])
 @pytest.mark.parametrize("node", ["", "frames"])
-def test_attributes_without_names_raise(tmp_path, frames, node):
+def test_damaged_metadata_raise(tmp_path, frames, node, spoil):
     path = tmp_path / "a.zarr"
     zarr.create_group(path).create_array("frames", data=frames)
-    without_names(path / node)
+    spoil(path / node)
     with pytest.raises(ValueError, match="metadata are damaged|not a Zarr array"):
         open_frames(path)
 
@@ -160,13 +167,28 @@ def test_damaged_coordinates_are_left_out_and_reserved_names_changed(tmp_path, f
     assert set(opened.coords) == {"quality", "stored_score"}
 
 
-def test_a_coordinate_with_attributes_without_names_is_left_out(tmp_path, frames):
+@pytest.mark.filterwarnings("ignore:Object at notes is not recognized")  # zarr's own words
+@pytest.mark.parametrize("spoil", [without_names, torn])
+def test_a_coordinate_with_damaged_metadata_is_left_out(tmp_path, frames, spoil):
     group = zarr.create_group(tmp_path / "a.zarr")
     group.create_array("frames", data=frames)
-    group.create_array("power", data=np.arange(10.0))
-    without_names(tmp_path / "a.zarr" / "power")
+    for name in ("power", "scan"):
+        group.create_array(name, data=np.arange(10.0))
+    (tmp_path / "a.zarr" / "notes").mkdir()
+    spoil(tmp_path / "a.zarr" / "power")
     with pytest.warns(UserWarning, match="power is left out: it cannot be read"):
-        assert set(open_frames(tmp_path / "a.zarr").coords) == set()
+        assert set(open_frames(tmp_path / "a.zarr").coords) == {"scan"}
+
+
+def test_a_stack_of_another_name_beside_damaged_metadata_has_to_be_named(tmp_path, frames):
+    group = zarr.create_group(tmp_path / "a.zarr")
+    for name in ("movie", "flat"):
+        group.create_array(name, data=frames)
+    torn(tmp_path / "a.zarr" / "flat")
+    with pytest.raises(ValueError, match=r"flat cannot be opened .* give the path of another array"):
+        open_frames(tmp_path / "a.zarr")
+    with pytest.warns(UserWarning, match="flat is left out"):
+        assert open_frames(tmp_path / "a.zarr" / "movie").shape == frames.shape
 
 
 def test_coordinates_that_cannot_be_decoded_are_left_out_and_bytes_become_words(tmp_path, frames):

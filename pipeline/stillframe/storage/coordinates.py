@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from stillframe.storage.frames import FrameSource, dimension_names
+from stillframe.storage.frames import FrameSource, arrays_in, dimension_names
 from stillframe.storage.shifts_store import VARIABLE_ATTRIBUTES
 from stillframe.wording import first_line
 
@@ -25,9 +25,12 @@ def frame_coordinates(source: FrameSource) -> xr.Dataset:
     if group is None:
         return xr.Dataset()
     axis = dimension_names(source.array)[0]
+    arrays, damaged = arrays_in(group, source.path.parent)
+    for name, reason in damaged.items():
+        _warn_of_left_out(source.path.parent / name, reason)
     coordinates = {
         name: variable[: source.shape[0]]
-        for name, array in sorted(group.arrays())
+        for name, array in sorted(arrays.items())
         if _has_value_per_frame(array, source)
         and dimension_names(array)[0] in (axis, None)
         and (variable := _coordinate(array, source.path.parent / name)) is not None
@@ -48,8 +51,12 @@ def _coordinate(array: Any, path: Path) -> xr.Variable | None:
         attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
         return _decoded(xr.Variable("frame", array[:], attributes))
     except Exception as error:
-        warnings.warn(f"the coordinate {path} is left out: it cannot be read ({first_line(error)})", stacklevel=2)
+        _warn_of_left_out(path, first_line(error))
         return None
+
+
+def _warn_of_left_out(path: Path, reason: str) -> None:
+    warnings.warn(f"the coordinate {path} is left out: it cannot be read ({reason})", stacklevel=2)
 
 
 def _decoded(stored: xr.Variable) -> xr.Variable:

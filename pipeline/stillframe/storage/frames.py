@@ -273,11 +273,33 @@ def _open_node(folder: Path) -> Any:
         ) from error
 
 
+def arrays_in(group: Any, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the arrays of a group by name, and those that cannot be opened with the reasons."""
+    try:
+        return dict(group.arrays()), {}
+    except Exception:  # of any type on damaged metadata, and it does not say which array's
+        opened, damaged = {}, {}
+    for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+        try:
+            opened[name] = group[name]
+        except KeyError:  # no node of Zarr
+            continue
+        except Exception as error:
+            damaged[name] = first_line(error)
+    return {name: node for name, node in opened.items() if isinstance(node, zarr.Array)}, damaged
+
+
 def _only_stack(group: Any, folder: Path) -> Any:
     """Return the array called "frames", or else the only one with three dimensions."""
-    members = dict(group.arrays())
+    members, damaged = arrays_in(group, folder)
     if "frames" in members:
         return members["frames"]
+    if damaged:
+        name = "frames" if "frames" in damaged else next(iter(damaged))
+        raise ValueError(
+            f"{folder / name} cannot be opened ({damaged[name]}): its metadata are damaged. Restore them, or give the "
+            "path of another array."
+        )
     stacks = [name for name, array in members.items() if array.ndim == 3]
     if len(stacks) != 1:
         listing = ", ".join(f"{name} {array.shape}" for name, array in members.items()) or "no arrays"
