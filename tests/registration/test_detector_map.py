@@ -191,6 +191,14 @@ class TestReferences:
         assert z < 1.6
         assert found.digest != plain.digest
 
+    def test_pumped_frames_among_others_cost_no_pixels(self, patterns):
+        """Every other frame has weaker spots over the same background, so that all gains differ."""
+        pumped = np.where(np.arange(FRAMES)[:, None, None] % 2, 0.6 * (patterns[:FRAMES] - 15), patterns[:FRAMES] - 15)
+        y, x = np.indices(SHAPE)
+        glow = 60 * np.exp(-((y - 64) ** 2 + (x - 60) ** 2) / 2 / 40**2)
+        frames = np.random.default_rng(5).poisson(15 + glow + pumped).astype(np.uint16)
+        assert make(frames).frame_mask.mean() > 0.99
+
     def test_too_little_drift_is_said(self, patterns):
         still = np.random.default_rng(5).poisson(np.repeat(patterns[:1], FRAMES, axis=0)).astype(np.uint16)
         assert "px is too small to tell the detector's pattern from the sample's" in make(still).history

@@ -62,7 +62,7 @@ def test_a_hit_that_is_left_out_leaves_no_hole(frames):
 
 
 def test_bins_are_no_larger_than_bad_pixels_of_the_frames_allow():
-    """A reference without holes, whose frames have many: of bins of 4 px hardly one would be whole."""
+    """The reference has no holes, but its frames have many. Hardly any bin of 4 px would be whole in them."""
     image = 500 * evaluate("rings", (700, 720), (0, 0))
     mask = np.ones(image.shape, bool)
     finest = Draft.of(Smoothed.of(image, mask, Noise(1.0, 0.0), 3.0), 1)

@@ -116,7 +116,10 @@ def small_holes(mask: Mask) -> Mask:
 
 
 def with_small_holes_filled(image: Image, mask: Mask) -> tuple[Image, Mask]:
-    """Return an image whose small holes hold the mean of what is around them, and its mask with them (55)."""
+    """Fill the small holes of an image with the mean of what is around them (55).
+
+    Returns the image, and the mask in which these holes count as valid.
+    """
     rows, columns = np.nonzero(small_holes(mask))
     if not len(rows):
         return image, mask

@@ -1,4 +1,4 @@
-"""The sum of frames that were aligned with a guide: the mean that a reference is made of, and what it leaves out.
+"""The sum of frames that were aligned with a guide. Their mean becomes the image of a reference.
 
 Pixels that the guide cannot explain do not enter; small holes that they leave, and those of the mask, hold what the
 guide expects there.
@@ -125,9 +125,9 @@ class AlignedSum:
             return with_small_holes_filled(image, mask & ~isolated_pixels(image, mask, measure_noise(image, mask)))
         everywhere = np.ones(self.guide.shape, np.bool_)
         back = np.stack([-estimate.shift] * 2)
-        expected, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
-        inside = np.isfinite(expected)  # elsewhere the frame shows what lies beyond the border of the model
-        expected = np.where(inside, estimate.gain * (expected - self.template.level), 0) + estimate.offset
+        moved, variance = resample_frames(self.model, back, everywhere, interpolation="cubic")
+        inside = np.isfinite(moved)  # elsewhere the frame shows what lies beyond the border of the model
+        expected = np.where(inside, estimate.gain * (moved - self.template.level), 0) + estimate.offset
         count = self.template.grain * estimate.variance / estimate.gain
         of_reference = estimate.gain**2 / (estimate.variance + estimate.gain**2)
         scatter = (estimate.variance + estimate.gain**2) * np.abs(variance)
@@ -139,7 +139,8 @@ class AlignedSum:
         small = small_holes(kept) & inside
         hits = mask & ~kept & small
         assert self.detector is not None
-        self.detector.add(residual, expected, scatter, of_reference, mask & modelled & ~hits)
+        of_gain = residual / estimate.gain, moved, scatter / estimate.gain**2  # as if all frames were equally bright
+        self.detector.add(*of_gain, of_reference, mask & modelled & ~hits)
         return np.where(small, expected, frame), kept | small
 
     def mean(self, history: str | None = None) -> Reference:
@@ -159,9 +160,9 @@ class AlignedSum:
 def sum_aligned(
     read: Read, indices: Sequence[int], guide: Reference, detector: DetectorSums | None = None
 ) -> AlignedSum:
-    """Align frames with a guide and sum them; with a model, outliers from it are left out.
+    """Align frames with a guide and sum them.
 
-    The model is the guide itself. It is used where sums over the detector are given, to which the frames are added.
+    If ``detector`` is given, the frames are added to it, and pixels that the guide cannot explain are left out.
     """
     prepared = prepare(guide)
     assert prepared.template is not None

@@ -258,7 +258,7 @@ class _Round:
 
     @property
     def shifts(self) -> Image:
-        """Shifts of the frames less the mean of their half, since the halves lie at places of their own."""
+        """Shifts (frame, 2) less the mean shift of their half, whose guide lies at a place of its own."""
         return np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in self.halves])
 
 

@@ -27,14 +27,14 @@ _SIGNIFICANT = 5.0
 """A texture is corrected if its variance is so many standard errors above 0."""
 _WORTH = 0.005
 """A texture is corrected if it adds more than this fraction to the variance of a frame's pixels."""
-_SETTLED = 0.005
+_SETTLED = 0.001
 """Gains are not measured while a larger fraction of the pixels is found not to follow: they pull the mean."""
 _NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
 """A pixel does not follow if it differs by so many standard deviations, and by this fraction of what is expected."""
 _LEAST_SLOPE = 0.4
-"""Nor if it shows less than this fraction of the changes that are expected as the pattern moves."""
+"""A pixel does not follow, either, if it shows less than this fraction of the changes that are expected."""
 _LEAST_MISSING = 0.15
-"""These changes must be this fraction, rms, of what is expected: smaller ones are a smooth background that stays."""
+"""What is missing of them must be this fraction of the signal, rms; a smooth background that stays misses less."""
 _KEPT_NOISE = 0.66
 """Fraction of its variance that noise keeps when moved by a fraction of a pixel, cubic, on average."""
 _MOST_LEFT_OUT = 0.3
@@ -43,10 +43,10 @@ _MOST_LEFT_OUT = 0.3
 
 @dataclass(eq=False)
 class DetectorSums:
-    """Sums over frames, pixel by pixel of the detector; each array is (y, x) in corrected counts and their squares."""
+    """Sums over frames at each pixel of the detector, (y, x), in corrected counts or their squares."""
 
     residual: Float32
-    """Σ r: frame less what the reference, moved to the frame, predicts."""
+    """Σ r: frame less what the reference, moved to the frame, predicts; over the frame's gain."""
     fine: Float32
     """Σ r′: residual less its mean over the surroundings."""
     squares: Float32
@@ -56,7 +56,7 @@ class DetectorSums:
     close_squares: Float32
     """Σ (sum of r over the closest surroundings)²."""
     signal: Float32
-    """Σ m: prediction, in the corrected counts that gains divide."""
+    """Σ m: the reference, moved to the frame."""
     signal_squares: Float32
     """Σ m²."""
     products: Float32
@@ -134,7 +134,7 @@ def _lit(sums: DetectorSums) -> Mask:
 
 
 def _usual_texture(sums: DetectorSums, judged: Mask) -> float:
-    """Return the standard deviation of most gains, whatever some pixels do."""
+    """Return the standard deviation of the gains, from their median deviation: a few odd pixels do not change it."""
     if not judged.any():
         return 0.0
     signal, noise = sums.signal[judged], sums.noise[judged]
@@ -191,14 +191,16 @@ def _following(sums: DetectorSums, valid: Mask, texture: float) -> Mask:
 
 
 def _differs(residual: Pixels, error: Image, expected: Pixels) -> Mask:
-    """Return True where all frames differ alike, and by much, from what is expected."""
+    """Return True where the frames differ from what is expected: all in the same direction, and by much."""
     apart = np.abs(residual)
     deviation = np.sqrt(np.maximum(error, 0))
     return np.asarray((apart > _NOT_FOLLOWING * deviation) & (apart > _NOT_FOLLOWING_BY * expected))
 
 
 def _changes(sums: DetectorSums) -> tuple[Image, Image, Image, Pixels]:
-    """Return covariance of frame and signal over the frames, variance of the signal, that of the first, and squares.
+    """Return how frame and signal change over the frames: covariance, variance of the signal, error, and Σ m².
+
+    All are sums. The error is the variance of the covariance by noise.
 
     The noise of the reference moves with the signal, but is not in the frame.
     """

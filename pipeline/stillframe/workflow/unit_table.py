@@ -179,7 +179,7 @@ class UnitTable:
             self.rows[unit.number] = row
 
     def take(self, other: "UnitTable", unit: Unit) -> None:
-        """Enter a unit as another table of the same plan holds it."""
+        """Copy the row and the matches of a unit from another table of the same plan."""
         self.rows[unit.number] = other.rows[unit.number]
         self.matches[unit.start : unit.stop] = other.matches[unit.start : unit.stop]
 
