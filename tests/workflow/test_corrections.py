@@ -111,17 +111,36 @@ def test_the_flags_are_those_of_the_settings(recorded, files, tmp_path):
     np.testing.assert_array_equal(reference.flat, np.load(files["flat"]).astype(np.float32))
 
 
-def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, corrected, images, tmp_path):
+def test_a_stored_reference_brings_its_own_unless_others_are_given(recorded, corrected, images, tmp_path, capsys):
     source, other = open_source(recorded[0]), tmp_path / "other.npy"
     np.save(other, images["dark"] + 1)
     path = str(corrected / "reference.zarr")
     kept, _ = prepare_reference(settings(recorded, tmp_path / "second", reference=path), source)
+    assert not capsys.readouterr().err
     changed, _ = prepare_reference(settings(recorded, tmp_path / "second", reference=path, dark=other), source)
+    assert "made with another dark: its image stays as it is" in capsys.readouterr().err
     np.testing.assert_array_equal(kept.dark, images["dark"])
     np.testing.assert_array_equal(changed.dark, images["dark"] + 1)
     np.testing.assert_array_equal(changed.flat, kept.flat)
     finish(recorded, tmp_path / "second", reference=path)
     np.testing.assert_array_equal(shifts_in(tmp_path / "second")["shift"].values, shifts_in(corrected)["shift"].values)
+
+
+def test_a_stored_reference_keeps_its_bad_pixels_beside_a_mask(recorded, tmp_path, capsys):
+    mask = np.load(recorded[1])
+    bad = np.zeros_like(mask)
+    bad[70:74, 60] = True
+    stored = sf.Reference(np.random.default_rng(2).poisson(50.0, SHAPE), mask & ~bad, max_shift=8)
+    sf.save_reference(stored, tmp_path / "stored.zarr")
+    path = str(tmp_path / "stored.zarr")
+    again, _ = prepare_reference(settings(recorded, tmp_path / "run", reference=path), open_source(recorded[0]))
+    np.testing.assert_array_equal(again.frame_mask, mask & ~bad)
+    assert "4 of" in (said := capsys.readouterr().err) and "stored.zarr marks them as invalid" in said
+    images = {"dark": np.zeros(SHAPE, np.uint16)}
+    np.save(tmp_path / "dark.npy", images["dark"])
+    with_dark = settings(recorded, tmp_path / "run", reference=path, dark=tmp_path / "dark.npy")
+    prepare_reference(with_dark, open_source(recorded[0]))
+    assert "made without a dark: its image stays as it is" in capsys.readouterr().err
 
 
 def test_a_reference_with_both_or_without_is_stored_whole(images, tmp_path):

@@ -511,6 +511,16 @@ class TestBadInput:
             run(settings((path, stored[1]), tmp_path / "run", reference="0"))
         assert not (tmp_path / "run").exists()
 
+    def test_a_reference_of_background_does_not_vouch_for_itself(self, stored, tmp_path):
+        """Its own frames all fit, which are half of the stack."""
+        rng = np.random.default_rng(0)
+        laser = 30 + 200 * np.exp(-np.hypot(*np.indices((96, 80)) - np.array([[[20.0]], [[60.0]]])) / 8)
+        frames = [rng.poisson(laser, (12, 96, 80)).astype(np.uint16), self.frames()]
+        path = store_frames(tmp_path / "frames.zarr", np.concatenate(frames))
+        with pytest.raises(ValueError, match="of 12 frames with beam, spread over the stack, 0 fit the reference"):
+            run(settings((path, stored[1]), tmp_path / "run", reference="0:12"))
+        assert not (tmp_path / "run").exists()
+
     def test_a_mask_that_leaves_few_pixels_is_named(self, stored, tmp_path, capsys):
         path, mask = store_frames(tmp_path / "frames.zarr", self.frames()), np.zeros((96, 80), bool)
         mask[40:65, 30:50] = True

@@ -76,7 +76,7 @@ def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Referenc
     _check_not_inverted(valid)
     made = _made(settings, source, indices, use, valid, images, origin)
     _report_invalid(made[0], valid)
-    _refuse_without_fit(made[0], source, settings.mask is not None)
+    _refuse_without_fit(made[0], source, frames or list(made[1].frames), masked=settings.mask is not None)
     return made
 
 
@@ -100,8 +100,8 @@ def _report_invalid(reference: Reference, mask: Mask) -> None:
     """Report valid pixels that no frame can use."""
     if lost := np.count_nonzero(mask & ~reference.frame_mask):
         warn(
-            f"{lost} of {np.count_nonzero(mask)} valid pixels are left out: they are saturated in almost every frame "
-            "of the reference, or have no usable dark or flat. They are invalid in reference.zarr, too."
+            f"{lost} of {np.count_nonzero(mask)} valid pixels are left out: they are hot, dead or saturated, do not "
+            "follow the pattern, or have no usable dark or flat. They are invalid in reference.zarr, too."
         )
 
 
@@ -124,11 +124,16 @@ def _check_not_inverted(mask: Mask) -> None:
     warn(f"{got}. If it marks the pixels to be left out instead, {advice}")
 
 
-def _refuse_without_fit(reference: Reference, source: FrameSource, masked: bool) -> None:
-    """Raise ``ValueError`` if of some frames that are spread over the stack hardly any with beam fits the reference."""
+def _refuse_without_fit(reference: Reference, source: FrameSource, own: Sequence[int], *, masked: bool) -> None:
+    """Raise ``ValueError`` if of some frames that are spread over the stack hardly any with beam fits the reference.
+
+    Its own frames fit whatever they show, so that they are not asked where there are enough others.
+    """
     reader = _Reader(source, quiet=True)
     fits = usable = 0
-    for index in np.unique(np.linspace(0, source.shape[0] - 1, _TRIED_FRAMES).astype(int)):
+    others = np.setdiff1d(np.arange(source.shape[0]), own)
+    asked = others if len(others) >= _LEAST_USABLE else np.arange(source.shape[0])
+    for index in asked[np.unique(np.linspace(0, len(asked) - 1, _TRIED_FRAMES).astype(int))]:
         for match in match_frames(reader([int(index)]), reference):
             usable += not match["flag"] & (Flag.DARK | Flag.CORRUPT | Flag.SATURATED)
             fits += bool(np.isfinite(match["dy"]))
@@ -302,10 +307,34 @@ def _from_file(path: Path, mask: Mask | None, images: CorrectionImages, settings
             "be the reference. Leave out --reference or --reference-kind."
         )
     if (path / "image" / "zarr.json").exists():
-        stored = load_reference(path)
-        return stored.replace(frame_mask=stored.frame_mask if mask is None else mask, **options)
+        return _with_own(load_reference(path), path, mask, images).replace(**options)
     image = load_image(path)
     return Reference(image, as_mask(mask, image.shape), **options)
+
+
+def _with_own(stored: Reference, path: Path, mask: Mask | None, images: CorrectionImages) -> Reference:
+    """Return a stored reference without the pixels that a mask leaves out; report what of it is not as given."""
+    now = stored.replace(**images)
+    for name in images:
+        if getattr(stored, name) is None:
+            warn(
+                f"{path} was made without a {name}: its image stays as it is, and only frames are corrected. To make "
+                "a reference of corrected frames, name frames by --reference."
+            )
+        elif not np.array_equal(getattr(stored, name), getattr(now, name)):
+            warn(
+                f"{path} was made with another {name}: its image stays as it is, and frames are corrected with the "
+                f"{name} that is given. To use the one of the reference, leave out --{name}."
+            )
+    if mask is None:
+        return stored
+    valid = as_mask(mask, stored.shape)
+    if lost := np.count_nonzero(valid & ~stored.frame_mask):
+        warn(
+            f"{lost} of {np.count_nonzero(valid)} pixels that are valid by the mask are left out, because {path} marks "
+            "them as invalid: by the mask that it was made with, or because they are bad."
+        )
+    return stored.replace(frame_mask=valid & stored.frame_mask)
 
 
 def _of_same_shape(reference: Reference, source: FrameSource) -> Reference:
