@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from stillframe.images.noise import Noise, measure_noise, smooth, variance_of
+from stillframe.images.noise import Noise, measure_noise, smooth, texture_of, variance_of
+from stillframe.simulation.experiment import evaluate
 
 WHOLE = np.ones((256, 256), bool)
 
@@ -51,6 +52,21 @@ def test_a_few_hits_and_masked_pixels_change_little():
 
 def test_a_picture_of_few_pixels_is_taken_for_counts():
     assert measure_noise(np.eye(10), np.ones((10, 10), bool)) == Noise(1.0, 0.0)
+
+
+SPOTS = 300 * evaluate("spots", (192, 200), (0, 0)) + 20
+
+
+@pytest.mark.parametrize("texture", [0.0, 0.03, 0.1])
+def test_59_is_the_texture_of_the_detector(texture):
+    rng = np.random.default_rng(3)
+    mean = rng.poisson(16 * SPOTS * rng.normal(1, texture, SPOTS.shape)) / 16
+    mask = np.ones(SPOTS.shape, bool)
+    mask[80:110, :100] = False
+    mean[~mask] = 0
+    found = texture_of(mean, mask, Noise(1 / 16, 0.0))
+    assert found == pytest.approx(texture, rel=0.3)
+    assert texture_of(mean, mask, Noise(0.0, -2.0)) == 0
 
 
 def test_variance_follows_the_smoothed_intensity_down_to_a_floor():

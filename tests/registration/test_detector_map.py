@@ -199,6 +199,19 @@ class TestReferences:
         frames = np.random.default_rng(5).poisson(15 + glow + pumped).astype(np.uint16)
         assert make(frames).frame_mask.mean() > 0.99
 
+    def test_a_texture_hardly_pulls_where_the_drift_is_too_little(self):
+        shifts = np.random.default_rng(2).uniform(-0.3, 0.3, (48, 2))
+        gain = 1 + 0.1 * np.random.default_rng(6).normal(size=SHAPE)
+        patterns = np.stack([6000 * evaluate("spots", SHAPE, shift) + 300 for shift in shifts])
+        frames = np.random.default_rng(5).poisson(gain * patterns).astype(np.uint16)
+        found = make(frames)
+        assert "its templates are smooth, since pixels differ by" in found.history
+        (before, z_before), (after, z) = (
+            errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], one) for one in (found.replace(smoothing=None), found)
+        )
+        assert z_before > 2.5 and z < 1.3
+        assert after < 0.5 * before
+
     def test_too_little_drift_is_said(self, patterns):
         still = np.random.default_rng(5).poisson(np.repeat(patterns[:1], FRAMES, axis=0)).astype(np.uint16)
         assert "px is too small to tell the detector's pattern from the sample's" in make(still).history

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stillframe.images.arrays import Image, Mask, Pixels
+from stillframe.images.noise import texture_of
 from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
@@ -37,6 +38,8 @@ from stillframe.registration.reference_frames import (
     standing_out,
     unsaturated,
 )
+from stillframe.registration.template_draft import Texture
+from stillframe.registration.templates import smoothing_against
 
 _CONVERGED = 0.1
 """Rounds end when shifts change by less than this fraction of their error."""
@@ -226,10 +229,24 @@ def _rounds(
             break
         current, number, texture = better, number + 1, float(np.hypot(texture, fixed.texture))
     history = f"mean of {current.whole.used} of {asked} frames, aligned in {number} rounds"
-    gains = f", with gains of pixels that differ by {texture:.1%}" if texture else ""
-    drift = float(np.sqrt(np.mean(current.shifts**2)))
-    little = f", whose drift of {drift:.1f} px is too small to tell the detector's pattern from the sample's"
-    return current.mean.replace(history=f"{history}{gains}{little if with_map and drift < _LEAST_DRIFT else ''}")
+    if texture:
+        history = f"{history}, with gains of pixels that differ by {texture:.1%}"
+    mean, drift = current.mean.replace(history=history), float(np.sqrt(np.mean(current.shifts**2)))
+    return _of_little_drift(mean, drift, current.whole.used) if with_map and drift < _LEAST_DRIFT else mean
+
+
+def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
+    """Return the mean of frames that have hardly moved, with templates so smooth that a texture hardly pulls."""
+    history = (
+        f"{mean.history}, whose drift of {drift:.1f} px is too small to tell the detector's pattern from the sample's"
+    )
+    image, noise = mean.image.astype(np.float64), prepare(mean).noise
+    texture = Texture(texture_of(image, mean.mask, noise), drift, frames)
+    if not texture.deviation:
+        return mean.replace(history=history)
+    smoothing = smoothing_against(texture, image, mean.mask, noise)
+    words = f"{history}; its templates are smooth, since pixels differ by {texture.deviation:.1%}"
+    return mean.replace(smoothing=smoothing, history=words)
 
 
 def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:

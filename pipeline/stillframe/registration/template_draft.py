@@ -7,6 +7,7 @@ where the pattern stands out from its noise (51), or else where most of the info
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -38,6 +39,8 @@ _STRUCTURED_FRACTION = 0.98
 """Bins with certain structure are enough if they hold this fraction of the information."""
 _SHARED_NOISE_LOSS = 0.02
 """Bins are left out only if their noise shared by templates and reference is a smaller fraction of the curvature."""
+_PULL_SEEN = 3.0
+"""A texture pulls by this factor more than (24) says of what fourth differences see of it in a mean of moved frames."""
 _LARGEST_CONDITION = 1e8
 """Above this condition number the image changes along one direction only and does not determine the other shift."""
 _MEMBER_FRACTION, _LEAST_MEMBERS = 0.05, 8
@@ -46,12 +49,23 @@ _LARGEST_WEIGHT = 1e30
 """Single precision holds larger weights not; such an image has no noise where its intensity is."""
 
 
-def best_smoothed(image: Image, mask: Mask, noise: Noise) -> "Draft | None":
+class Texture(NamedTuple):
+    """Gains of the detector's pixels in a mean of frames that have hardly moved, and in the frames as well."""
+
+    deviation: float
+    """Standard deviation of the gains."""
+    drift: float
+    """Root mean square of the frames' shifts, pixels."""
+    frames: int
+    """Number of frames in the mean."""
+
+
+def best_smoothed(image: Image, mask: Mask, noise: Noise, texture: Texture | None = None) -> "Draft | None":
     """Return templates of single pixels whose smoothing has the smallest expected errors; None with too much noise."""
     best, least = None, np.inf
     for width in _SMOOTHINGS:
         draft = Draft.of(Smoothed.of(image, mask, noise, width), 1)
-        variance = draft.expected_variance()
+        variance = draft.expected_variance() + (draft.variance_by(texture) if texture else 0.0)
         if least < variance < np.inf:  # where noise prevails at one width, a wider one may be better by far
             break
         if variance < least:
@@ -177,11 +191,14 @@ class Draft:
     def _curvatures(self) -> tuple[Image, Image]:
         """Derivative of the first two equations by the shift, (2, 2), and what shared noise adds to it."""
         slopes = [slope[self.support] for slope in self.mean_slopes]
-        shared = np.zeros((4, SIZE, SIZE))
-        beside = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-        shared[:, *np.transpose(beside) + REACH] = self.shared_noise(self.support, beside)
-        shared = curvature(shared)
+        shared = self._shared_curvature(self.smoothed.noise)
         return self._shift_templates @ np.stack(slopes).T - shared, shared
+
+    def _shared_curvature(self, noise: Image) -> Image:
+        """Return what noise of this variance, in templates and reference, adds to the curvatures, (2, 2)."""
+        shared, beside = np.zeros((4, SIZE, SIZE)), [(1, 0), (-1, 0), (0, 1), (0, -1)]
+        shared[:, *np.transpose(beside) + REACH] = self.shared_noise(self.support, beside, noise)
+        return curvature(shared)
 
     @cached_property
     def mean_slopes(self) -> list[Image]:
@@ -211,6 +228,14 @@ class Draft:
         of_few_counts = self._lack_of_counts**2 * np.sum(attraction**2) / 12
         return float(np.trace(inverse @ variance @ inverse.T) + of_members + of_few_counts)
 
+    def variance_by(self, texture: Texture) -> float:
+        """Return what a texture adds to (25), px²: it draws shifts towards 0 by a fraction of them (60)."""
+        jacobian, _ = self._curvatures
+        signal = np.maximum(self.smoothed.soft - self.smoothed.measured.pedestal, 0) * self.smoothed.mask
+        shared = self._shared_curvature((texture.deviation * signal) ** 2)
+        pull = _PULL_SEEN * np.diag(shared) / np.diag(jacobian)
+        return float(np.sum(pull**2) * texture.drift**2 / texture.frames)
+
     @cached_property
     def _lack_of_counts(self) -> float:
         """Mean over the bins of one over the number of counts under the Gaussian: relative error of (24)."""
@@ -220,16 +245,17 @@ class Draft:
         counts = 4 * np.pi * self.smoothed.width**2 * self.noise[self.support] * self.side**2 / gain**2
         return float(np.mean(1 / np.maximum(counts, 1)))
 
-    def shared_noise(self, bins: Mask, lags: Sequence[Shift]) -> Image:
+    def shared_noise(self, bins: Mask, lags: Sequence[Shift], variance: Image | None = None) -> Image:
         """Return the expectation of Σ T_k(p) η(p + lag) over some bins, for the noise η (24), (4, lag).
 
         It is not 0, since T_k contains the smoothed noise of the same image, in the slopes and in the weights 1/v.
+        ``variance`` is that of pixels, by default as the image has it.
         """
         middle, kernels = self._kernels
         weight = self.weight[bins]
         fields = np.stack([*(slope[bins] for slope in self.slopes), self.soft[bins], np.ones(len(weight))])
         by_weights = fields * (weight * self.growth[bins])
-        noise = box_means(self.smoothed.noise, self.side) / self.side**2
+        noise = box_means(self.smoothed.noise if variance is None else variance, self.side) / self.side**2
         rows, columns = (self.side * places for places in np.nonzero(bins))
         shared = np.empty((4, len(lags)))
         for place, (y, x) in enumerate(lags):

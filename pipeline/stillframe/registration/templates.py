@@ -20,6 +20,7 @@ from stillframe.registration.template_draft import (
     SIZE,
     Draft,
     Smoothed,
+    Texture,
     best_binned,
     best_smoothed,
     curvature,
@@ -185,6 +186,12 @@ def prepare_template(
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
     return _template(*choose_square(draft), noise, level)
+
+
+def smoothing_against(texture: Texture, image: Image, mask: Mask, noise: Noise) -> float | None:
+    """Return the smoothing, pixels, whose templates have the smallest expected errors with a texture; None for none."""
+    draft = best_smoothed(*excerpt(image, mask), noise, texture)
+    return None if draft is None else draft.smoothed.width
 
 
 def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> Draft | None:
