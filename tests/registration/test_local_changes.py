@@ -1,5 +1,6 @@
 """Backgrounds that stay on the detector and patterns that change: shifts follow the pattern, sigma covers the error."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -42,13 +43,20 @@ def stack(expected, seed=0, frames=30):
     return np.stack(counts).astype(np.uint16), shifts
 
 
+@functools.cache
+def usual(kind, dose):
+    """A reference of 16 frames, which begin every stack of this seed that has nothing unusual in them."""
+    frames, _ = stack(lambda shift, _: dose * PATTERNS[kind][0](shift), seed=2, frames=16)
+    return make_reference(frames, blocked(SHAPE), iterations=3, max_shift=12)
+
+
 def errors(matches, shifts):
     error = np.stack([matches["dy"], matches["dx"]], axis=1) - shifts
     error -= np.nanmedian(error, axis=0)
     return error, error / np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)
 
 
-@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.parametrize("kind", ["rings", pytest.param("spots", marks=pytest.mark.slow)])
 def test_scatter_that_stays_on_the_detector_does_not_pull(kind):
     """The reference holds the scatter as well, smeared by the drift; shifts were drawn by a third towards it."""
     pattern, dose = PATTERNS[kind]
@@ -62,6 +70,7 @@ def test_scatter_that_stays_on_the_detector_does_not_pull(kind):
     assert abs(np.polyfit(shifts[good].ravel(), error.ravel(), 1)[0]) < 0.005
 
 
+@pytest.mark.slow
 def test_the_same_scatter_pulls_where_templates_see_it(monkeypatch):
     """Without squares: the test above would fail for its reason."""
     monkeypatch.setattr("stillframe.registration.templates.choose_square", lambda draft: (0, draft))
@@ -95,22 +104,20 @@ def test_what_pumping_changes_does_not_move_the_pattern(kind, change):
         return dose * pattern(shift, **changed) + added
 
     frames, shifts = stack(expected, seed=2, frames=50)
-    reference = make_reference(frames, blocked(SHAPE), use=slice(16), iterations=3, max_shift=12)
-    matches = match_frames(frames, reference)
+    matches = match_frames(frames, usual(kind, dose))
     assert not matches["flag"].any()
     _, relative = errors(matches, shifts)
     assert relative[20:].std() < 1.25
 
 
-@pytest.mark.parametrize("dose", [3.0, 300.0])
+@pytest.mark.parametrize("dose", [3.0, pytest.param(300.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_another_sample_with_the_same_glow_is_no_match(kind, dose):
     pattern, _ = PATTERNS[kind]
     others = np.random.default_rng(8).uniform(-120, 120, (70, 3)) * (1, 1, 1 / 300) + (0, 0, 0.6)
     other = {"scale": 1.21} if kind == "rings" else {"nodes": others}
-    frames, _ = stack(lambda shift, number: dose * pattern(shift, **(other if number >= 16 else {})), frames=24)
-    reference = make_reference(frames, blocked(SHAPE), use=slice(16), iterations=3, max_shift=12)
-    matches = match_frames(frames, reference)
+    frames, _ = stack(lambda shift, number: dose * pattern(shift, **(other if number >= 16 else {})), 2, 24)
+    matches = match_frames(frames, usual(kind, dose))
     assert not matches["flag"][:16].any()
     assert (matches["flag"][16:] & (Flag.LOW_SCORE | Flag.AMBIGUOUS_PEAK | Flag.AT_EDGE)).all()
 

@@ -60,6 +60,7 @@ def test_sigma_is_what_differs_from_frame_to_frame(fraction):
     assert (low < z.std(axis=0)).all() and (z.std(axis=0) < 1.12).all()
 
 
+@pytest.mark.slow
 def test_the_offset_common_to_all_frames_has_the_covariance_of_equation_37():
     found, stated = [], []
     frame = np.rint(clean(50.0))

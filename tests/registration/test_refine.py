@@ -214,7 +214,7 @@ class TestIteratedReference:
         assert reference.history == "mean of 16 of 16 frames, not aligned"
 
     @pytest.mark.parametrize("jump", [(-11.2, 13.3), (20.0, 5.0)])
-    @pytest.mark.parametrize("pattern", ["rings", "spots"])
+    @pytest.mark.parametrize("pattern", ["rings", pytest.param("spots", marks=pytest.mark.slow)])
     def test_a_jump_leaves_no_second_picture(self, jump, pattern):
         draw = Draw(pattern, dose=40.0)
         shifts = np.array([(0.0, 0.0)] * 8 + [jump] * 8)

@@ -429,7 +429,7 @@ class TestBadInput:
         assert not run(settings((path, stored[1]), out)).problems
         assert contents(out / "reference.zarr") != before
 
-    @pytest.mark.parametrize("reference", [None, "0:16"])
+    @pytest.mark.parametrize("reference", [None, pytest.param("0:16", marks=pytest.mark.slow)])
     def test_a_reference_stays_when_the_stack_grows(self, stored, tmp_path, monkeypatch, reference):
         """Frames spread over all of it would be others now."""
         frames = np.stack([self.EXPERIMENT.render(index % 12) for index in range(30)])
