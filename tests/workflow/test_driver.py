@@ -521,6 +521,17 @@ class TestBadInput:
             run(settings((path, stored[1]), tmp_path / "run", reference="0:12"))
         assert not (tmp_path / "run").exists()
 
+    def test_a_reference_whose_frames_hardly_moved_is_named(self, stored, tmp_path, capsys):
+        still = (
+            np.random.default_rng(0).poisson(self.EXPERIMENT.render(0).astype(float), (12, 96, 80)).astype(np.uint16)
+        )
+        for name, frames, said in (("still", still, True), ("moving", self.frames(), False)):
+            path = store_frames(tmp_path / f"{name}.zarr", frames)
+            prepare_reference(settings((path, stored[1]), tmp_path / "run"), open_source(path))
+            words = capsys.readouterr().err
+            assert ("px is too small to tell the detector's pattern" in words) == said
+            assert ("If the beam did drift, all frames show something that stays" in words) == said
+
     def test_a_mask_that_leaves_few_pixels_is_named(self, stored, tmp_path, capsys):
         path, mask = store_frames(tmp_path / "frames.zarr", self.frames()), np.zeros((96, 80), bool)
         mask[40:65, 30:50] = True

@@ -49,6 +49,8 @@ _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
 _LEAST_DRIFT = 1.0
 """With a smaller rms drift, pixels, each feature stays on its pixels."""
+LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
+"""What the history says then."""
 _FEW_PIXELS = 2e-3
 """Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
 _MAPS = 4
@@ -237,9 +239,7 @@ def _rounds(
 
 def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
     """Return the mean of frames that have hardly moved, with templates so smooth that a texture hardly pulls."""
-    history = (
-        f"{mean.history}, whose drift of {drift:.1f} px is too small to tell the detector's pattern from the sample's"
-    )
+    history = f"{mean.history}, whose drift of {drift:.1f} px is {LITTLE_DRIFT}"
     image, noise = mean.image.astype(np.float64), prepare(mean).noise
     texture = Texture(texture_of(image, mean.mask, noise), drift, frames)
     if not texture.deviation:

@@ -17,7 +17,7 @@ from stillframe.images.arrays import Image, Mask, as_mask
 from stillframe.images.noise import Noise
 from stillframe.log import warn
 from stillframe.partition import Unit
-from stillframe.registration.build_reference import build_reference
+from stillframe.registration.build_reference import LITTLE_DRIFT, build_reference
 from stillframe.registration.match import match_frames
 from stillframe.registration.reference import Reference
 from stillframe.registration.reference_frames import chosen_frames, frames_of_kind
@@ -262,6 +262,11 @@ def _made(
         raise ValueError(f"{error} If their writer leaves out empty chunks, give --missing-chunks fill.") from error
     for one in caught:
         warn(str(one.message))
+    if LITTLE_DRIFT in reference.history:
+        warn(
+            f"the reference is a {reference.history}. If the beam did drift, all frames show something that stays on "
+            "the detector: give --dark, --flat and a mask."
+        )
     made: dict[str, Any] = {"digest": reference.digest, "history": reference.history}
     if use is None:
         made["frames"] = dict(sorted(reader.tokens.items()))
