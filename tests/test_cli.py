@@ -42,6 +42,7 @@ def test_errors_while_a_run_is_being_stopped_count_as_stopped(stopping, status, 
     ("moment", "status", "printed"),
     [
         ("cli.app = lambda: (print('done'), stop())", 130, "done\n"),  # before or after the command's own code
+        ("cli.app.callback()(stop); sys.argv[1:] = ['status', 'run']", 130, ""),  # while typer reads the arguments
         ("cli.app = lambda: (print('done'), atexit.register(stop), sys.exit(1))", 1, "done\n"),  # while Python ends
     ],
 )
@@ -53,6 +54,21 @@ def test_a_signal_outside_of_a_command_ends_it_in_words(moment, status, printed,
     assert ended.returncode == status
     assert ended.stdout == printed
     assert ended.stderr == (f"{cli._STOPPED}\n" if status == 130 else "")
+
+
+@pytest.mark.parametrize("nobody", [">&-", "| true"])
+def test_where_nobody_listens_there_is_no_traceback(nobody):
+    ended = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m stillframe --help {nobody}"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+
+
+def test_an_exit_without_a_status_is_success():
+    code = "import sys; from stillframe import cli; cli.app = sys.exit; cli.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.slow

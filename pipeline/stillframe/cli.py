@@ -43,7 +43,7 @@ def main() -> None:
     _on_signals(_stop)
     try:
         status = _status_of_app()
-        sys.stdout.flush()
+        _flush()
         _on_signals(functools.partial(_leave, status))
     except KeyboardInterrupt:  # also before or after the command's own code
         status = EXIT_INTERRUPTED
@@ -51,7 +51,7 @@ def main() -> None:
         err.print(_STOPPED)
     if _stopping.is_set():
         # Python would end as if killed by SIGINT if the signal came during an import, even when it was handled.
-        sys.stdout.flush()
+        _flush()
         os._exit(status)
     sys.exit(status)
 
@@ -61,8 +61,21 @@ def _status_of_app() -> int:
     try:
         app()
     except SystemExit as end:
-        return EXIT_INTERRUPTED if end.code is None else int(end.code)
+        if end.code is None:
+            return EXIT_INTERRUPTED if _stopping.is_set() else 0
+        return int(end.code)
     return 0
+
+
+def _flush() -> None:
+    """Write what was printed; nobody may listen any more."""
+    if sys.stdout is None:  # it was closed before Python began
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -57,10 +57,10 @@ def test_a_picture_of_few_pixels_is_taken_for_counts():
 SPOTS = 300 * evaluate("spots", (192, 200), (0, 0)) + 20
 
 
-@pytest.mark.parametrize("texture", [0.0, 0.03, 0.1])
-def test_59_is_the_texture_of_the_detector(texture):
+@pytest.mark.parametrize(("texture", "dose"), [(0.0, 1.0), (0.03, 1.0), (0.1, 1.0), (0.1, 0.05), (0.0, 0.05)])
+def test_59_is_the_texture_of_the_detector(texture, dose):
     rng = np.random.default_rng(3)
-    mean = rng.poisson(16 * SPOTS * rng.normal(1, texture, SPOTS.shape)) / 16
+    mean = rng.poisson(16 * dose * SPOTS * rng.normal(1, texture, SPOTS.shape)) / 16
     mask = np.ones(SPOTS.shape, bool)
     mask[80:110, :100] = False
     mean[~mask] = 0

@@ -136,11 +136,25 @@ def test_a_stored_reference_keeps_its_bad_pixels_beside_a_mask(recorded, tmp_pat
     again, _ = prepare_reference(settings(recorded, tmp_path / "run", reference=path), open_source(recorded[0]))
     np.testing.assert_array_equal(again.frame_mask, mask & ~bad)
     assert "4 of" in (said := capsys.readouterr().err) and "stored.zarr marks them as invalid" in said
-    images = {"dark": np.zeros(SHAPE, np.uint16)}
-    np.save(tmp_path / "dark.npy", images["dark"])
+    np.save(tmp_path / "dark.npy", np.zeros(SHAPE, np.uint16))
     with_dark = settings(recorded, tmp_path / "run", reference=path, dark=tmp_path / "dark.npy")
     prepare_reference(with_dark, open_source(recorded[0]))
     assert "made without a dark: its image stays as it is" in capsys.readouterr().err
+
+
+def test_the_same_flat_beside_a_stored_reference_is_no_other_one(recorded, files, images, tmp_path, capsys):
+    flat = images["flat"].copy()
+    flat[3, 5] = np.nan
+    np.save(tmp_path / "flat.npy", flat)
+    image = np.random.default_rng(2).poisson(50.0, SHAPE)
+    sf.save_reference(sf.Reference(image, np.load(recorded[1]), flat=flat, max_shift=8), tmp_path / "stored.zarr")
+    options = {"reference": str(tmp_path / "stored.zarr"), "flat": tmp_path / "flat.npy"}
+    prepare_reference(settings(recorded, tmp_path / "run", **options), open_source(recorded[0]))
+    assert "made with another" not in capsys.readouterr().err
+    prepare_reference(
+        settings(recorded, tmp_path / "run", **options | {"flat": files["flat"]}), open_source(recorded[0])
+    )
+    assert "made with another flat" in capsys.readouterr().err
 
 
 def test_a_reference_with_both_or_without_is_stored_whole(images, tmp_path):

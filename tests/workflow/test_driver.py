@@ -443,8 +443,12 @@ class TestBadInput:
             assert not run(settings((path, stored[1]), out, reference=reference, reference_iterations=3)).problems
         assert contents(out / "reference.zarr") == before
         assert {name: when for name, when in records(out).items() if name in untouched} == untouched
-        other = "0:16" if reference is None else None
-        run(settings((path, stored[1]), out, reference=other, reference_iterations=3))
+        other, tried = "0:16" if reference is None else None, []
+        with monkeypatch.context() as patched:
+            refuse = "stillframe.workflow.run_reference._refuse_without_fit"
+            patched.setattr(refuse, lambda made, source, made_of, **_: tried.append(made_of))
+            run(settings((path, stored[1]), out, reference=other, reference_iterations=3))
+        assert set(tried[0]) == set(range(16)) if other else max(tried[0]) > 20
         assert contents(out / "reference.zarr") != before
 
     @pytest.mark.parametrize("spoil", [lambda text: "", lambda text: text.replace('"digest":"', '"digest":"0')])

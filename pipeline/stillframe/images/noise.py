@@ -36,6 +36,10 @@ _LOCAL = 2.0
 """Standard deviation, pixels, of the Gaussian that gives the intensity around a pixel."""
 _LEAST_TEXTURE = 0.015
 """A smaller texture pulls by less than 0.3 % of a shift, and sharp spots may look like one."""
+_CERTAIN = 5.0
+"""A texture is certain if its variance is so many standard errors above 0."""
+_LARGEST_TEXTURE = 0.3
+"""What seems larger are narrow spots."""
 
 
 class Noise(NamedTuple):
@@ -135,8 +139,8 @@ def measure_noise(image: Image, mask: Mask) -> Noise:
 def texture_of(image: Image, mask: Mask, noise: Noise) -> float:
     """Return the standard deviation of the pixels' gains that an image of known noise shows (59).
 
-    It is 0 below 1.5 %, and where the noise does not follow the intensity. Hot pixels, and spots narrower than 1.3
-    pixels, look alike.
+    It is 0 below 1.5 %, and where the noise does not follow the intensity. Hot pixels, and spots with a standard
+    deviation below 1.3 pixels, count as texture, too; 30 % is the most that is returned.
 
     Examples
     --------
@@ -148,12 +152,14 @@ def texture_of(image: Image, mask: Mask, noise: Noise) -> float:
     residual, inner = _fourth_difference(image, mask)
     if noise.gain <= 0 or len(inner) < _LEAST_PIXELS:
         return 0.0
-    soft = smooth(image, mask, _LOCAL)
-    variance, signal = (one.ravel()[inner] for one in (variance_of(soft, mask, noise), soft - noise.pedestal))
+    local = smooth(image, mask, _LOCAL)
+    variance, signal = (one.ravel()[inner] for one in (variance_of(local, mask, noise), local - noise.pedestal))
     squares = residual.ravel()[inner] ** 2 / 70**2
     weight = np.where(signal > 0, (signal / variance) ** 2, 0)
-    square = float((weight * (squares - variance)).sum()) / max(float((weight * signal**2).sum()), 1e-300)
-    return float(np.sqrt(square)) if square > _LEAST_TEXTURE**2 else 0.0
+    excess, total = weight * (squares - variance), max(float((weight * signal**2).sum()), 1e-300)
+    square, error = float(excess.sum()) / total, float(np.sqrt((excess**2).sum())) / total
+    seen = square > max(_LEAST_TEXTURE**2, _CERTAIN * error)
+    return min(float(np.sqrt(square)), _LARGEST_TEXTURE) if seen else 0.0
 
 
 def _fourth_difference(image: Image, mask: Mask) -> tuple[Image, Indices]:

@@ -50,7 +50,7 @@ _RECENTRED = 3
 _LEAST_DRIFT = 1.0
 """With a smaller rms drift, pixels, each feature stays on its pixels."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
-"""What the history says then."""
+"""Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
 _FEW_PIXELS = 2e-3
 """Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
 _MAPS = 4
@@ -239,14 +239,15 @@ def _rounds(
 
 def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
     """Return the mean of frames that have hardly moved, with templates so smooth that a texture hardly pulls."""
-    history = f"{mean.history}, whose drift of {drift:.1f} px is {LITTLE_DRIFT}"
-    image, noise = mean.image.astype(np.float64), prepare(mean).noise
-    texture = Texture(texture_of(image, mean.mask, noise), drift, frames)
-    if not texture.deviation:
-        return mean.replace(history=history)
-    smoothing = smoothing_against(texture, image, mean.mask, noise)
-    words = f"{history}; its templates are smooth, since pixels differ by {texture.deviation:.1%}"
-    return mean.replace(smoothing=smoothing, history=words)
+    said = mean.replace(history=f"{mean.history}, whose drift of {drift:.1f} px is {LITTLE_DRIFT}")
+    image, prepared = mean.image.astype(np.float64), prepare(mean)
+    mask, noise = prepared.trusted.mask, prepared.noise
+    texture = Texture(texture_of(image, mask, noise), frames)
+    width = smoothing_against(texture, image, mask, noise) if prepared.template and texture.deviation else None
+    if width is None or prepared.template is None or width <= prepared.template.smoothing:
+        return said
+    words = f"{said.history}; templates are smoothed by {width:g} px, since pixels differ by {texture.deviation:.1%}"
+    return said.replace(smoothing=width, history=words)
 
 
 def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:

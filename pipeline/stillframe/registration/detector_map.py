@@ -32,9 +32,9 @@ _SETTLED = 0.001
 _NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
 """A pixel does not follow if it differs by so many standard deviations, and by this fraction of what is expected."""
 _LEAST_SLOPE = 0.4
-"""A pixel does not follow, either, if it shows less than this fraction of the changes that are expected."""
+"""A pixel does not follow if it shows less than this fraction of the changes that are expected."""
 _LEAST_MISSING = 0.15
-"""What is missing of them must be this fraction of the signal, rms; a smooth background that stays misses less."""
+"""Expected changes that a pixel does not show must be this fraction of the signal, rms; smooth scatter misses less."""
 _KEPT_NOISE = 0.66
 """Fraction of its variance that noise keeps when moved by a fraction of a pixel, cubic, on average."""
 _MOST_LEFT_OUT = 0.3
@@ -63,17 +63,20 @@ class DetectorSums:
     """Σ r m."""
     noise: Float32
     """Σ of the residual's variance, as far as counts and reference explain it."""
-    of_reference: float = 0.0
-    """Sum of the fractions of that variance that are the reference's."""
+    of_reference: Float32
+    """Σ of the part of that variance that is the reference's."""
     frames: int = 0
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> "DetectorSums":
         """Return sums over no frame."""
-        return cls(*np.zeros((9, *shape), np.float32))
+        return cls(*np.zeros((10, *shape), np.float32))
 
     def add(self, residual: Image, signal: Image, variance: Image, of_reference: float, kept: Mask) -> None:
-        """Add a frame, (y, x) each; pixels that are not kept do not count."""
+        """Add a frame, (y, x) each; pixels that are not kept do not count.
+
+        ``of_reference`` is the fraction of the variance that is the reference's.
+        """
         counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
         around = _sum_around(counted, _AROUND) / np.maximum(_sum_around(kept, _AROUND), 1)
         fine = np.where(kept, counted - around, 0)
@@ -85,8 +88,9 @@ class DetectorSums:
         self.signal += predicted
         self.signal_squares += predicted**2
         self.products += counted * predicted
-        self.noise += np.where(kept, variance, 0)
-        self.of_reference += float(of_reference)
+        of_noise = np.where(kept, variance, 0)
+        self.noise += of_noise
+        self.of_reference += of_reference * of_noise
         self.frames += 1
 
 
@@ -206,7 +210,7 @@ def _changes(sums: DetectorSums) -> tuple[Image, Image, Image, Pixels]:
     """
     variance = np.maximum(sums.signal_squares - sums.signal**2 / sums.frames, 0)
     covariance = variance + sums.products - sums.residual * sums.signal / sums.frames
-    of_noise = _KEPT_NOISE * sums.noise * sums.of_reference / sums.frames
+    of_noise = _KEPT_NOISE * sums.of_reference
     return covariance, np.maximum(variance - of_noise, 0), sums.noise / sums.frames * variance, sums.signal_squares
 
 

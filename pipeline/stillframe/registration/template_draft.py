@@ -40,7 +40,7 @@ _STRUCTURED_FRACTION = 0.98
 _SHARED_NOISE_LOSS = 0.02
 """Bins are left out only if their noise shared by templates and reference is a smaller fraction of the curvature."""
 _PULL_SEEN = 3.0
-"""A texture pulls by this factor more than (24) says of what fourth differences see of it in a mean of moved frames."""
+"""The measured pull of a texture over the one that (24) gives for the texture of (59)."""
 _LARGEST_CONDITION = 1e8
 """Above this condition number the image changes along one direction only and does not determine the other shift."""
 _MEMBER_FRACTION, _LEAST_MEMBERS = 0.05, 8
@@ -54,8 +54,6 @@ class Texture(NamedTuple):
 
     deviation: float
     """Standard deviation of the gains."""
-    drift: float
-    """Root mean square of the frames' shifts, pixels."""
     frames: int
     """Number of frames in the mean."""
 
@@ -65,7 +63,9 @@ def best_smoothed(image: Image, mask: Mask, noise: Noise, texture: Texture | Non
     best, least = None, np.inf
     for width in _SMOOTHINGS:
         draft = Draft.of(Smoothed.of(image, mask, noise, width), 1)
-        variance = draft.expected_variance() + (draft.variance_by(texture) if texture else 0.0)
+        variance = draft.expected_variance()
+        if texture and np.isfinite(variance):
+            variance += draft.variance_by(texture)
         if least < variance < np.inf:  # where noise prevails at one width, a wider one may be better by far
             break
         if variance < least:
@@ -234,7 +234,7 @@ class Draft:
         signal = np.maximum(self.smoothed.soft - self.smoothed.measured.pedestal, 0) * self.smoothed.mask
         shared = self._shared_curvature((texture.deviation * signal) ** 2)
         pull = _PULL_SEEN * np.diag(shared) / np.diag(jacobian)
-        return float(np.sum(pull**2) * texture.drift**2 / texture.frames)
+        return float(np.sum(pull**2) / 12 / texture.frames)
 
     @cached_property
     def _lack_of_counts(self) -> float:

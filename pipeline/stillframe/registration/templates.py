@@ -174,11 +174,11 @@ def prepare_template(
     The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given. Bins
     of which ``frame_mask``, by default the mask, leaves too few whole are not used.
     """
-    sample = excerpt(image, mask)
-    draft = _finest(*sample, noise, smoothing)
-    if draft is None and sample[0].size < image.size:  # the excerpt may contain too little of the pattern
-        sample = image, mask
-        draft = _finest(*sample, noise, smoothing)
+    if smoothing:
+        sample = excerpt(image, mask)
+        draft: Draft | None = Draft.of(Smoothed.of(*sample, noise, smoothing), 1)
+    else:
+        sample, draft = _finest(image, mask, noise)
     if draft is None:
         return None
     unbinned = draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2)
@@ -190,15 +190,23 @@ def prepare_template(
 
 def smoothing_against(texture: Texture, image: Image, mask: Mask, noise: Noise) -> float | None:
     """Return the smoothing, pixels, whose templates have the smallest expected errors with a texture; None for none."""
-    draft = best_smoothed(*excerpt(image, mask), noise, texture)
+    _, draft = _finest(image, mask, noise, texture)
     return None if draft is None else draft.smoothed.width
 
 
-def _finest(image: Image, mask: Mask, noise: Noise, smoothing: float | None) -> Draft | None:
-    """Return templates of single pixels with the smoothing that is given or the best; None with too much noise."""
-    if smoothing:
-        return Draft.of(Smoothed.of(image, mask, noise, smoothing), 1)
-    return best_smoothed(image, mask, noise)
+def _finest(
+    image: Image, mask: Mask, noise: Noise, texture: Texture | None = None
+) -> tuple[tuple[Image, Mask], Draft | None]:
+    """Return the image and mask that were judged, and templates of their single pixels; None with too much noise.
+
+    Of a large image an excerpt is judged, unless it contains too little of the pattern.
+    """
+    sample = excerpt(image, mask)
+    draft = best_smoothed(*sample, noise, texture)
+    if draft is None and sample[0].size < image.size:
+        sample = image, mask
+        draft = best_smoothed(*sample, noise, texture)
+    return sample, draft
 
 
 def _template(square: int, draft: Draft, noise: Noise, level: float) -> Template | None:

@@ -27,7 +27,7 @@ def frame_coordinates(source: FrameSource) -> xr.Dataset:
     axis = dimension_names(source.array)[0]
     arrays, damaged = arrays_in(group, source.path.parent)
     for name, reason in damaged.items():
-        _warn_of_left_out(source.path.parent / name, reason)
+        _warn_of_left_out(f"{source.path.parent / name}", f"opened ({reason})")
     coordinates = {
         name: variable[: source.shape[0]]
         for name, array in sorted(arrays.items())
@@ -51,12 +51,12 @@ def _coordinate(array: Any, path: Path) -> xr.Variable | None:
         attributes = {name: value for name, value in array.attrs.items() if not name.startswith("_")}
         return _decoded(xr.Variable("frame", array[:], attributes))
     except Exception as error:
-        _warn_of_left_out(path, first_line(error))
+        _warn_of_left_out(f"the coordinate {path}", f"read ({first_line(error)})")
         return None
 
 
-def _warn_of_left_out(path: Path, reason: str) -> None:
-    warnings.warn(f"the coordinate {path} is left out: it cannot be read ({reason})", stacklevel=2)
+def _warn_of_left_out(what: str, reason: str) -> None:
+    warnings.warn(f"{what} is left out: it cannot be {reason}", stacklevel=2)
 
 
 def _decoded(stored: xr.Variable) -> xr.Variable:

@@ -40,6 +40,10 @@ class Reading(NamedTuple):
     """What is wrong, in words, one line for each row of chunks."""
 
 
+_NODE_FILES = ("zarr.json", ".zarray", ".zgroup")
+"""Files that make a folder a node of Zarr."""
+
+
 @dataclass(frozen=True)
 class FrameSource:
     """A stack of frames in a Zarr array; pickles as its path and opens in the process that uses it."""
@@ -275,16 +279,15 @@ def _open_node(folder: Path) -> Any:
 
 def arrays_in(group: Any, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arrays of a group by name, and those that cannot be opened with the reasons."""
-    try:
-        return dict(group.arrays()), {}
-    except Exception:  # of any type on damaged metadata, and it does not say which array's
-        opened, damaged = {}, {}
-    for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+    opened, damaged = {}, {}
+    # One by one: zarr's list of them ends at the first that is damaged, or leaves it out.
+    nodes = (path for path in folder.iterdir() if any((path / name).exists() for name in _NODE_FILES))
+    for name in sorted(path.name for path in nodes):
         try:
             opened[name] = group[name]
-        except KeyError:  # no node of Zarr
-            continue
-        except Exception as error:
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:  # of any type on damaged metadata
             damaged[name] = first_line(error)
     return {name: node for name, node in opened.items() if isinstance(node, zarr.Array)}, damaged
 
@@ -294,13 +297,13 @@ def _only_stack(group: Any, folder: Path) -> Any:
     members, damaged = arrays_in(group, folder)
     if "frames" in members:
         return members["frames"]
+    stacks = [name for name, array in members.items() if array.ndim == 3]
     if damaged:
         name = "frames" if "frames" in damaged else next(iter(damaged))
         raise ValueError(
             f"{folder / name} cannot be opened ({damaged[name]}): its metadata are damaged. Restore them, or give the "
-            "path of another array."
+            f"path of the stack itself, for example {folder}/{stacks[0] if stacks else 'frames'}."
         )
-    stacks = [name for name, array in members.items() if array.ndim == 3]
     if len(stacks) != 1:
         listing = ", ".join(f"{name} {array.shape}" for name, array in members.items()) or "no arrays"
         raise ValueError(

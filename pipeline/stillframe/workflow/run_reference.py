@@ -76,7 +76,7 @@ def prepare_reference(settings: Settings, source: FrameSource) -> tuple[Referenc
     _check_not_inverted(valid)
     made = _made(settings, source, indices, use, valid, images, origin)
     _report_invalid(made[0], valid)
-    _refuse_without_fit(made[0], source, frames or list(made[1].frames), masked=settings.mask is not None)
+    _refuse_without_fit(made[0], source, list(made[1].frames), masked=settings.mask is not None)
     return made
 
 
@@ -124,14 +124,14 @@ def _check_not_inverted(mask: Mask) -> None:
     warn(f"{got}. If it marks the pixels to be left out instead, {advice}")
 
 
-def _refuse_without_fit(reference: Reference, source: FrameSource, own: Sequence[int], *, masked: bool) -> None:
+def _refuse_without_fit(reference: Reference, source: FrameSource, made_of: Sequence[int], *, masked: bool) -> None:
     """Raise ``ValueError`` if of some frames that are spread over the stack hardly any with beam fits the reference.
 
-    Its own frames fit whatever they show, so that they are not asked where there are enough others.
+    The frames that it is made of always fit. They are tried only if there are fewer than four others.
     """
     reader = _Reader(source, quiet=True)
     fits = usable = 0
-    others = np.setdiff1d(np.arange(source.shape[0]), own)
+    others = np.setdiff1d(np.arange(source.shape[0]), made_of)
     asked = others if len(others) >= _LEAST_USABLE else np.arange(source.shape[0])
     for index in asked[np.unique(np.linspace(0, len(asked) - 1, _TRIED_FRAMES).astype(int))]:
         for match in match_frames(reader([int(index)]), reference):
@@ -263,9 +263,11 @@ def _made(
     for one in caught:
         warn(str(one.message))
     if LITTLE_DRIFT in reference.history:
+        missing = [name for name in ("mask", "dark", "flat") if getattr(settings, name) is None]
+        cure = f"give --{', --'.join(missing)}" if missing else "look whether the mask leaves all of it out"
         warn(
             f"the reference is a {reference.history}. If the beam did drift, all frames show something that stays on "
-            "the detector: give --dark, --flat and a mask."
+            f"the detector: {cure}."
         )
     made: dict[str, Any] = {"digest": reference.digest, "history": reference.history}
     if use is None:
@@ -312,13 +314,13 @@ def _from_file(path: Path, mask: Mask | None, images: CorrectionImages, settings
             "be the reference. Leave out --reference or --reference-kind."
         )
     if (path / "image" / "zarr.json").exists():
-        return _with_own(load_reference(path), path, mask, images).replace(**options)
+        return _with_mask(load_reference(path), path, mask, images).replace(**options)
     image = load_image(path)
     return Reference(image, as_mask(mask, image.shape), **options)
 
 
-def _with_own(stored: Reference, path: Path, mask: Mask | None, images: CorrectionImages) -> Reference:
-    """Return a stored reference without the pixels that a mask leaves out; report what of it is not as given."""
+def _with_mask(stored: Reference, path: Path, mask: Mask | None, images: CorrectionImages) -> Reference:
+    """Return a stored reference without the pixels that a mask leaves out; warn where it was made with other images."""
     now = stored.replace(**images)
     for name in images:
         if getattr(stored, name) is None:
@@ -326,10 +328,11 @@ def _with_own(stored: Reference, path: Path, mask: Mask | None, images: Correcti
                 f"{path} was made without a {name}: its image stays as it is, and only frames are corrected. To make "
                 "a reference of corrected frames, name frames by --reference."
             )
-        elif not np.array_equal(getattr(stored, name), getattr(now, name)):
+        elif digest_of(getattr(stored, name)) != digest_of(getattr(now, name)):
             warn(
                 f"{path} was made with another {name}: its image stays as it is, and frames are corrected with the "
-                f"{name} that is given. To use the one of the reference, leave out --{name}."
+                f"{name} that is given. To use the one of the reference, which includes the gains that were measured "
+                f"for it, leave out --{name}."
             )
     if mask is None:
         return stored
