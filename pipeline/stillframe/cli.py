@@ -45,7 +45,7 @@ def main() -> None:
         status = _status_of_app()
         _flush()
         _on_signals(functools.partial(_leave, status))
-    except KeyboardInterrupt:  # also before or after the command's own code
+    except KeyboardInterrupt:  # which may also come before or after the command's own code
         status = EXIT_INTERRUPTED
     if status == EXIT_INTERRUPTED:
         err.print(_STOPPED)
@@ -68,7 +68,7 @@ def _status_of_app() -> int:
 
 
 def _flush() -> None:
-    """Write what was printed; nobody may listen any more."""
+    """Write out what was printed, even if the terminal or pipe that it goes to was closed."""
     if sys.stdout is None:  # it was closed before Python began
         return
     try:

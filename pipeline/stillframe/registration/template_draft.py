@@ -50,7 +50,7 @@ _LARGEST_WEIGHT = 1e30
 
 
 class Texture(NamedTuple):
-    """Gains of the detector's pixels in a mean of frames that have hardly moved, and in the frames as well."""
+    """Gains of pixels, which lie at the same places in the frames and in their mean, as the frames hardly moved."""
 
     deviation: float
     """Standard deviation of the gains."""

@@ -174,11 +174,7 @@ def prepare_template(
     The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given. Bins
     of which ``frame_mask``, by default the mask, leaves too few whole are not used.
     """
-    if smoothing:
-        sample = excerpt(image, mask)
-        draft: Draft | None = Draft.of(Smoothed.of(*sample, noise, smoothing), 1)
-    else:
-        sample, draft = _finest(image, mask, noise)
+    sample, draft = _finest(image, mask, noise, smoothing)
     if draft is None:
         return None
     unbinned = draft if image.size <= _LARGEST_UNBINNED else Draft.of(draft.smoothed, 2)
@@ -190,18 +186,21 @@ def prepare_template(
 
 def smoothing_against(texture: Texture, image: Image, mask: Mask, noise: Noise) -> float | None:
     """Return the smoothing, pixels, whose templates have the smallest expected errors with a texture; None for none."""
-    _, draft = _finest(image, mask, noise, texture)
+    _, draft = _finest(image, mask, noise, texture=texture)
     return None if draft is None else draft.smoothed.width
 
 
 def _finest(
-    image: Image, mask: Mask, noise: Noise, texture: Texture | None = None
+    image: Image, mask: Mask, noise: Noise, smoothing: float | None = None, texture: Texture | None = None
 ) -> tuple[tuple[Image, Mask], Draft | None]:
-    """Return the image and mask that were judged, and templates of their single pixels; None with too much noise.
+    """Return an image with its mask, and templates of its single pixels with the smoothing that is given or the best.
 
-    Of a large image an excerpt is judged, unless it contains too little of the pattern.
+    The image is an excerpt of a large one, unless that contains too little of the pattern. Templates are None where
+    there is too much noise.
     """
     sample = excerpt(image, mask)
+    if smoothing:
+        return sample, Draft.of(Smoothed.of(*sample, noise, smoothing), 1)
     draft = best_smoothed(*sample, noise, texture)
     if draft is None and sample[0].size < image.size:
         sample = image, mask
