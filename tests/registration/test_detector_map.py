@@ -216,6 +216,9 @@ class TestReferences:
         still = np.random.default_rng(5).poisson(np.repeat(patterns[:1], FRAMES, axis=0)).astype(np.uint16)
         assert "px is too small to tell the detector's pattern from the sample's" in make(still).history
         assert "too small" not in make(still, detector_map=False).history
+        columns = 100 + np.random.default_rng(5).normal(0, 10, (1, 1, SHAPE[1]))
+        locked = np.random.default_rng(5).poisson(0.2 * patterns[:FRAMES]) + columns.round().astype(int)
+        assert "px is too small" in make(locked.astype(np.uint16)).history
         moving = np.random.default_rng(5).poisson(patterns[:FRAMES]).astype(np.uint16)
         assert "too small" not in make(moving).history
 

@@ -48,7 +48,7 @@ _ENOUGH = 0.8
 _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
 _LEAST_DRIFT = 1.0
-"""With a smaller rms drift, pixels, each feature stays on its pixels."""
+"""With a smaller rms drift along some direction, pixels, features stay on the same pixels."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
 _FEW_PIXELS = 2e-3
@@ -233,18 +233,21 @@ def _rounds(
     history = f"mean of {current.whole.used} of {asked} frames, aligned in {number} rounds"
     if texture:
         history = f"{history}, with gains of pixels that differ by {texture:.1%}"
-    mean, drift = current.mean.replace(history=history), float(np.sqrt(np.mean(current.shifts**2)))
+    mean, along = current.mean.replace(history=history), np.linalg.eigvalsh(np.cov(current.shifts.T, bias=True))
+    drift = float(np.sqrt(max(along[0], 0)))  # columns of the detector stay columns while frames move along y
     return _of_little_drift(mean, drift, current.whole.used) if with_map and drift < _LEAST_DRIFT else mean
 
 
 def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
     """Return the mean of frames that have hardly moved, with templates so smooth that a texture hardly pulls."""
-    said = mean.replace(history=f"{mean.history}, whose drift of {drift:.1f} px is {LITTLE_DRIFT}")
-    image, prepared = mean.image.astype(np.float64), prepare(mean)
-    mask, noise = prepared.trusted.mask, prepared.noise
-    texture = Texture(texture_of(image, mask, noise), frames)
-    width = smoothing_against(texture, image, mask, noise) if prepared.template and texture.deviation else None
-    if width is None or prepared.template is None or width <= prepared.template.smoothing:
+    said = mean.replace(history=f"{mean.history}, whose drift along one direction of {drift:.1f} px is {LITTLE_DRIFT}")
+    prepared = prepare(mean)
+    judged = mean.image.astype(np.float64), prepared.trusted.mask, prepared.noise
+    texture = Texture(texture_of(*judged), frames)
+    if prepared.template is None or not texture.deviation:
+        return said
+    width = smoothing_against(texture, *judged)
+    if width is None or width <= prepared.template.smoothing:
         return said
     words = f"{said.history}; templates are smoothed by {width:g} px, since pixels differ by {texture.deviation:.1%}"
     return said.replace(smoothing=width, history=words)
