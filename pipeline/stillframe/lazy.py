@@ -115,9 +115,9 @@ def make_reference(
         pixels that differ by more than noise can. With 0 the reference is the plain mean, by default of 16 neighbours
         in the middle of the stack, smeared by their drift.
     detector_map : bool
-        Whether pixels that do not follow the pattern, as the frames drift, are left out, and the gains of the others
-        corrected where that matters: see :mod:`~stillframe.registration.detector_map`. The gains become part of
-        ``flat``.
+        Whether pixels that do not follow the pattern, as the frames drift, are left out, and gains and offsets of the
+        others corrected where that matters: see :mod:`~stillframe.registration.detector_map`. They become part of
+        ``flat`` and ``dark``.
     kind : str, optional
         Use only frames whose coordinate ``kind`` has this value, such as "unpumped"; ``use`` then counts only those.
     max_shift, overlap_ratio, saturation, dark, flat

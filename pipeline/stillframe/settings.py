@@ -46,8 +46,8 @@ class Settings(SearchOptions):
     """Largest number of rounds in which the frames of the reference are registered and averaged. With 0 their plain
     mean is taken, by default of 16 neighbours in the middle of the stack."""
     detector_map: bool = True
-    """Find out from the drift of these frames which pixels do not follow the pattern, and leave these out; correct the
-    gains of the others where that matters."""
+    """Find out from the drift of these frames which pixels do not follow the pattern, and leave these out; correct
+    gains and offsets of the others where that matters."""
     reference_kind: str | None = None
     """Average only frames whose coordinate kind has this value, such as "unpumped"."""
     interpolation: Interpolation = "nearest"

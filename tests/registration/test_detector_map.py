@@ -41,6 +41,18 @@ def changing(number, pattern):
     return 15 + (pattern - 15) * factors[y, x]
 
 
+def offsets_of_lines(means, inverse_gains):
+    """Equation 62 for means over rows, then columns, of each frame."""
+    offsets = []
+    for c in np.split(np.asarray(means), [SHAPE[0]], axis=1):
+        total, squares, each = c.sum(axis=0), (c**2).sum(axis=0), inverse_gains.sum()
+        tau = np.mean(total**2 - squares) / (each**2 - (inverse_gains**2).sum())
+        found = np.sum(total**2 - squares) > 5 * np.sqrt(2 * np.sum(squares**2))
+        u = (squares - total**2 / len(c)) / each**2
+        offsets.append(total / each * tau / (tau + u) * found)
+    return offsets[0][:, None] + offsets[1]
+
+
 class TestEquations:
     """The numbers of METHOD.md, summed frame by frame."""
 
@@ -49,28 +61,50 @@ class TestEquations:
         rng = np.random.default_rng(9)
         gain = 1 + 0.15 * rng.normal(size=SHAPE)
         signal = patterns[:FRAMES]
-        residual = rng.poisson(gain * signal) - signal
+        residual = rng.poisson(gain * signal) + rng.normal(0, 3, SHAPE) - signal
         sums = DetectorSums.empty(SHAPE)
         for r, m in zip(residual, signal, strict=True):
             sums.add(r, m, m, 0.0, EVERYWHERE)
-        around = np.stack([scipy.ndimage.uniform_filter(r, 25, mode="constant") for r in residual])
+        residual = residual.astype(float)
+        level = residual.mean(axis=(1, 2), keepdims=True)
+        lines = [residual.mean(axis=axis, keepdims=True) - level for axis in (2, 1)]
+        rest = residual - level - lines[0] - lines[1]
+        around = np.stack([scipy.ndimage.uniform_filter(r, 25, mode="constant") for r in rest])
         share = scipy.ndimage.uniform_filter(np.ones(SHAPE), 25, mode="constant")
-        return sums, residual, residual - around / share, signal
+        return sums, residual, rest - around / share, signal
 
     def test_56_and_57_are_the_gains(self, drawn):
         sums, _, fine, signal = drawn
         found = map_of(sums, EVERYWHERE)
-        total, squares, noise = signal.sum(axis=0), (signal**2).sum(axis=0), signal.sum(axis=0)
-        judged = (total > 0.02 * total.mean()) & (total**2 >= 3 * squares) & found.following
+        of_each = np.stack([signal, np.ones_like(signal)])  # what a gain and an offset of 1 add to each frame
+        total, squares, noise = of_each.sum(axis=1), (of_each**2).sum(axis=1), signal.sum(axis=0)
+        assert (total[0] > 0.02 * total[0].mean()).all() and (total[0] ** 2 >= 3 * squares[0]).all()
+        assert found.following.all()
         of_others = sum(a * b for i, a in enumerate(fine) for j, b in enumerate(fine) if i != j)
-        usual = (np.median(np.abs(fine.sum(axis=0) / total)[judged]) / 0.6745) ** 2 - np.median((1 / total)[judged])
-        few = judged & ((fine.sum(axis=0) / total) ** 2 < 36 * (usual + 1 / total))
-        square = (of_others / noise**2)[few].sum() / ((total**2 - squares) / noise**2)[few].sum()
-        assert found.texture == pytest.approx(np.sqrt(square), rel=1e-3)
-        measured, q = fine.sum(axis=0) / total, squares / total**2
-        error = np.maximum(noise, ((fine**2).sum(axis=0) - fine.sum(axis=0) ** 2 * q) / (1 - q)) / total**2
-        expected = 1 + measured * square / (square + error)
-        np.testing.assert_allclose(found.gain[judged], expected[judged], atol=2e-3)
+        terms = ((total**2 - squares) / noise).reshape(2, -1)
+        square = np.linalg.solve(terms @ terms.T, terms @ (of_others / noise).ravel())
+        assert found.spread[:2] == pytest.approx(np.sqrt(square), rel=2e-2)
+        expected = np.tensordot(square, total**2, 1)
+        q = np.tensordot(square, squares, 1) / expected
+        u = np.maximum(noise, ((fine**2).sum(axis=0) - fine.sum(axis=0) ** 2 * q) / (1 - q))
+        known = fine.sum(axis=0) / (expected + u)
+        np.testing.assert_allclose(found.gain, 1 + found.spread.gain**2 * total[0] * known, atol=2e-3)
+        offset = found.spread.offset**2 * total[1] * known + offsets_of_lines(sums.lines, np.ones(FRAMES))
+        np.testing.assert_allclose(found.offset, offset, atol=5e-3)
+
+    def test_62_is_the_offset_of_lines(self):
+        rng = np.random.default_rng(4)
+        rows, columns = rng.normal(0, 0.5, (SHAPE[0], 1)), rng.normal(0, 1, (1, SHAPE[1]))
+        gains, sums = rng.uniform(0.5, 1.5, FRAMES), DetectorSums.empty(SHAPE)
+        residual = np.stack([(rng.normal(0, 5, SHAPE) + rows + columns) / a for a in gains])  # counts over a
+        for r, a in zip(residual, gains, strict=True):
+            sums.add(r, np.full(SHAPE, 20.0), np.full(SHAPE, 25 / a**2), 0.0, EVERYWHERE, a)
+        found = map_of(sums, EVERYWHERE)
+        means = [residual.mean(axis=axis) - residual.mean(axis=(1, 2))[:, None] for axis in (2, 1)]
+        expected = offsets_of_lines(np.concatenate(means, axis=1), 1 / gains)
+        np.testing.assert_allclose(found.offset, expected, atol=1e-4)
+        assert found.spread.of_lines == pytest.approx(np.std(rows + columns), rel=0.05)
+        assert np.std(found.offset - rows - columns) < 0.2
 
     def test_58_is_what_does_not_follow(self, patterns):
         signal = patterns[:FRAMES]
@@ -95,22 +129,36 @@ class TestEquations:
 class TestWhatIsFound:
     def test_nothing_where_nothing_stays(self, patterns):
         found = map_of(sums_of(patterns[:FRAMES], lambda number, pattern: pattern), EVERYWHERE)
-        assert found.texture == 0 and found.following.all() and (found.gain == 1).all()
+        assert not any(found.spread) and found.following.all() and (found.gain == 1).all() and not found.offset.any()
 
     def test_nothing_where_the_pattern_itself_changes(self, patterns):
         found = map_of(sums_of(patterns[:FRAMES], changing), EVERYWHERE)
-        assert found.texture == 0
+        assert not any(found.spread)
         assert np.count_nonzero(~found.following) < 0.005 * found.following.size
 
     @pytest.mark.parametrize("change", [lambda number, pattern: pattern, changing], ids=["still", "changing"])
     def test_the_gain_of_each_pixel(self, patterns, change):
         gain = 1 + 0.1 * np.random.default_rng(7).normal(size=SHAPE)
         found = map_of(sums_of(patterns[:FRAMES], lambda *frame: gain * change(*frame)), EVERYWHERE)
-        assert found.texture == pytest.approx(0.1, rel=0.15)
+        assert found.spread.gain == pytest.approx(0.1, rel=0.15)
         seen = found.gain != 1
         assert seen.mean() > 0.4
         assert np.std((found.gain - gain)[seen]) < 0.8 * np.std(gain[seen])
         assert np.corrcoef(found.gain[seen], gain[seen])[0, 1] > 0.7
+
+    @pytest.mark.parametrize("brightness", [(1.0,), (1.0, 0.6)], ids=["steady", "alternating"])
+    def test_the_offset_of_each_pixel(self, patterns, brightness):
+        """In counts, whatever the brightness of the frames that the prediction follows."""
+        offset = np.random.default_rng(7).normal(0, 6, SHAPE)
+        rng, sums = np.random.default_rng(2), DetectorSums.empty(SHAPE)
+        for number, pattern in enumerate(patterns[:FRAMES]):
+            a = brightness[number % len(brightness)]
+            frame = rng.poisson(a * pattern) + 100 + offset
+            sums.add((frame - 100 - a * pattern) / a, pattern, pattern / a, 0.0, EVERYWHERE, a)
+        found = map_of(sums, EVERYWHERE)
+        assert found.spread.offset == pytest.approx(6, rel=0.1)
+        left = found.offset + (found.gain - 1) * patterns[:FRAMES].mean(axis=0) - offset
+        assert np.std(left) < 0.35 * 6
 
     def test_nothing_where_a_smooth_background_stays(self, patterns, shifts):
         """The mean of aligned frames contains it, smeared, so that the prediction moves it."""
@@ -191,6 +239,30 @@ class TestReferences:
         assert z < 1.6
         assert found.digest != plain.digest
 
+    @pytest.mark.parametrize("spread", [9, 15], ids=["pulling", "locking"])
+    def test_offsets_become_part_of_the_dark(self, patterns, shifts, spread):
+        """Stronger ones hold frames where they are, until what their plain mean shows is subtracted."""
+        offset = 100 + np.random.default_rng(6).normal(0, spread, SHAPE)
+        frames = (np.random.default_rng(5).poisson(0.2 * patterns) + offset).round().astype(np.uint16)
+        plain, found = make(frames, detector_map=False), make(frames)
+        assert plain.dark is None and found.dark is not None
+        assert "offsets of pixels that differ by" in found.history and "too small" not in found.history
+        (before, z_before), (after, z) = (
+            errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], one) for one in (plain, found)
+        )
+        assert z_before > 3 and z < 1.5
+        assert after < 0.5 * before
+
+    def test_offsets_of_columns_become_part_of_the_dark(self, patterns, shifts):
+        """All frames lie on the columns at first."""
+        columns = 100 + np.random.default_rng(6).normal(0, 8, (1, SHAPE[1]))
+        frames = (np.random.default_rng(5).poisson(0.2 * patterns) + columns).round().astype(np.uint16)
+        plain, found = make(frames, detector_map=False), make(frames)
+        assert "offsets of rows and columns that differ by" in found.history and "too small" not in found.history
+        assert np.nanstd(sf.match_frames(frames, plain)["dx"]) < 0.2 * shifts[:, 1].std()
+        rms, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
+        assert rms < 0.06 and z < 2
+
     def test_pumped_frames_among_others_cost_no_pixels(self, patterns):
         """Every other frame has weaker spots over the same background, so that all gains differ."""
         pumped = np.where(np.arange(FRAMES)[:, None, None] % 2, 0.6 * (patterns[:FRAMES] - 15), patterns[:FRAMES] - 15)
@@ -216,9 +288,8 @@ class TestReferences:
         still = np.random.default_rng(5).poisson(np.repeat(patterns[:1], FRAMES, axis=0)).astype(np.uint16)
         assert "px is too small to tell the detector's pattern from the sample's" in make(still).history
         assert "too small" not in make(still, detector_map=False).history
-        columns = 100 + np.random.default_rng(5).normal(0, 10, (1, 1, SHAPE[1]))
-        locked = np.random.default_rng(5).poisson(0.2 * patterns[:FRAMES]) + columns.round().astype(int)
-        assert "px is too small" in make(locked.astype(np.uint16)).history
+        along_y = np.stack([300 * evaluate("spots", SHAPE, (y, 0)) + 15 for y in np.linspace(-5, 5, FRAMES)])
+        assert "px is too small" in make(np.random.default_rng(5).poisson(along_y).astype(np.uint16)).history
         moving = np.random.default_rng(5).poisson(patterns[:FRAMES]).astype(np.uint16)
         assert "too small" not in make(moving).history
 

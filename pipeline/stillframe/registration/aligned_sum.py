@@ -14,7 +14,7 @@ from stillframe.images.hot_pixels import isolated_pixels, small_holes, with_smal
 from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
 from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import RowRuns
-from stillframe.registration.detector_map import DetectorSums
+from stillframe.registration.detector_map import DetectorMap, DetectorSums
 from stillframe.registration.estimate import Estimate
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import PreparedReference, prepare
@@ -46,6 +46,8 @@ class AlignedSum:
     """Image and variance of the guide, (2, y, x); None in the first round, whose guide may be one noisy frame."""
     detector: DetectorSums | None
     """Sums over the frames where they were recorded, of both halves; None without a model."""
+    corrected_by: DetectorMap | None
+    """Map with which the guide corrects frames; those sums are without it."""
     total: Image
     """Sum of the aligned frames less their offsets (y, x)."""
     gains: Image
@@ -139,8 +141,10 @@ class AlignedSum:
         small = small_holes(kept) & inside
         hits = mask & ~kept & small
         assert self.detector is not None
-        of_gain = residual / estimate.gain, moved, scatter / estimate.gain**2  # as if all frames were equally bright
-        self.detector.add(*of_gain, of_reference, mask & modelled & ~hits)
+        gain, judged = estimate.gain, mask & modelled & ~hits
+        removed = None if self.corrected_by is None else self.corrected_by.removed_from(frame) / gain
+        of_gain = residual / gain, moved, scatter / gain**2  # as if all frames were equally bright
+        self.detector.add(*of_gain, of_reference, judged, gain, removed)
         return np.where(small, expected, frame), kept | small
 
     def mean(self, history: str | None = None) -> Reference:
@@ -158,16 +162,21 @@ class AlignedSum:
 
 
 def sum_aligned(
-    read: Read, indices: Sequence[int], guide: Reference, detector: DetectorSums | None = None
+    read: Read,
+    indices: Sequence[int],
+    guide: Reference,
+    detector: DetectorSums | None = None,
+    corrected_by: DetectorMap | None = None,
 ) -> AlignedSum:
     """Align frames with a guide and sum them.
 
-    If ``detector`` is given, the frames are added to it, and pixels that the guide cannot explain are left out.
+    If ``detector`` is given, the frames are added to it, without the map in ``corrected_by``, and pixels that the guide
+    cannot explain are left out.
     """
     prepared = prepare(guide)
     assert prepared.template is not None
     model = None if detector is None else _model_of(guide, prepared.template)
-    total = AlignedSum(guide, prepared, prepared.template, model, detector, *np.zeros((5, *guide.shape)))
+    total = AlignedSum(guide, prepared, prepared.template, model, detector, corrected_by, *np.zeros((5, *guide.shape)))
     for first in range(0, len(indices), BATCH):
         for frame in read(indices[first : first + BATCH]):
             total.add(frame)

@@ -19,7 +19,7 @@ from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
-from stillframe.registration.detector_map import DetectorMap, DetectorSums, map_of
+from stillframe.registration.detector_map import DetectorMap, DetectorSums, Spread, high_pass, map_of
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import contrast_of, prepare
@@ -53,8 +53,10 @@ LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
 _FEW_PIXELS = 2e-3
 """Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
-_MAPS = 4
+_MAPS = 6
 """How often what does not move with the pattern is looked for."""
+_LARGEST_RATIO = 0.8
+"""Largest ratio of a step to the one before, of shifts that approach their limit."""
 
 
 def build_reference(
@@ -74,7 +76,7 @@ def build_reference(
     :func:`iterated_reference`, ``options`` are arguments of :class:`~stillframe.Reference`. Frames are read as
     recorded; the image is in corrected counts. Pixels that are saturated in almost every frame are invalid, and so
     are hot and dead pixels that show in the plain mean. With ``detector_map``, so are those that do not follow the
-    pattern as it moves, and gains of pixels are corrected.
+    pattern as it moves, and gains and offsets of pixels become part of its flat and dark.
     """
     if not len(indices):
         raise ValueError("a reference is to be made of frames, but there are none. Give a stack with frames.")
@@ -135,9 +137,36 @@ def iterated_reference(
             stacklevel=2,
         )
         return reference
-    # Registered frames come first, so that neither half is without them.
-    order = [*registered, *(index for index in usable if index not in set(registered))]
-    return _rounds(read, [order[0::2], order[1::2]], guide, iterations, asked, with_map=with_map)
+    aligned = _rounds(read, usable, registered, guide, iterations)
+    if aligned is None:
+        return guide
+    if not with_map:
+        return aligned.reference(asked)
+    found = _with_maps(read, aligned, guide)
+    if found.drift < _LEAST_DRIFT:
+        found = _unlocked(read, usable, reference, iterations) or found
+    made = found.reference(asked)
+    return made if found.drift >= _LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
+
+
+def _unlocked(read: Read, usable: Sequence[int], reference: Reference, iterations: int) -> "_Round | None":
+    """Align frames less what their plain mean shows in small features; None where they are not seen to drift then.
+
+    A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
+    plain mean it is as in every frame, while a pattern that drifts is smeared.
+    """
+    fine = high_pass(reference.image, reference.frame_mask).astype(np.float32)
+    start = DetectorMap.without_pattern(reference.frame_mask)._replace(offset=fine, spread=Spread(0.0, 1.0))
+    without = _with_map(reference, start, reference).replace(image=reference.image - fine)
+    guide, registered = _best_guide(read, usable, without)
+    if guide is None or len(registered) < 2:
+        return None
+    aligned = _rounds(read, usable, registered, guide, iterations, start)
+    if aligned is None or aligned.drift < _LEAST_DRIFT:
+        return None
+    found = _with_maps(read, aligned, reference)
+    enough = found.whole.used >= _ENOUGH * len(usable)
+    return found if enough and found.drift >= _LEAST_DRIFT else None
 
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:
@@ -207,35 +236,37 @@ def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Im
 
 
 def _rounds(
-    read: Read, halves: Sequence[Sequence[int]], guide: Reference, iterations: int, asked: int, *, with_map: bool
-) -> Reference:
-    """Register and average the frames of both halves until the shifts no longer change.
+    read: Read,
+    usable: Sequence[int],
+    registered: Sequence[int],
+    guide: Reference,
+    iterations: int,
+    fixed: DetectorMap | None = None,
+) -> "_Round | None":
+    """Register and average the frames of both halves until the shifts no longer change; None without a mean of both."""
+    # Registered frames come first, so that neither half is without them.
+    order = [*registered, *(index for index in usable if index not in set(registered))]
+    return _rounds_until_still(read, [order[0::2], order[1::2]], [guide, guide], iterations, fixed)
 
-    ``with_map``, gains of pixels are corrected and pixels that do not follow the pattern are left out, as
-    long as that changes much.
+
+def _with_maps(read: Read, current: "_Round", given: Reference) -> "_Round":
+    """Repeat rounds with gains and offsets of pixels, and without pixels that do not follow the pattern.
+
+    They are looked for as long as that changes much. Frames are corrected by what ``given`` corrects, and the map.
     """
-    current = _rounds_until_still(read, halves, [guide, guide], iterations)
-    if current is None:
-        return guide
-    number, texture = current.number, 0.0
-    for _ in range(_MAPS if with_map else 0):
-        if current.detector is None:
+    for _ in range(_MAPS):
+        found = current.next_map()
+        if found is None:
             break
-        mask = current.mean.frame_mask
-        fixed = map_of(current.detector, mask)
-        if not fixed.texture and np.count_nonzero(mask & ~fixed.following) < _FEW_PIXELS * np.count_nonzero(mask):
-            break
-        guides = [_with_map(half, fixed) for half in _exchanged([half.mean() for half in current.halves])]
-        better = _one_round(read, halves, guides, with_model=True)
+        guides = [_with_map(half, found, given) for half in _exchanged([half.mean() for half in current.halves])]
+        better = _one_round(read, current.frames, guides, found)
         if better is None:
             break
-        current, number, texture = better, number + 1, float(np.hypot(texture, fixed.texture))
-    history = f"mean of {current.whole.used} of {asked} frames, aligned in {number} rounds"
-    if texture:
-        history = f"{history}, with gains of pixels that differ by {texture:.1%}"
-    mean, along = current.mean.replace(history=history), np.linalg.eigvalsh(np.cov(current.shifts.T, bias=True))
-    drift = float(np.sqrt(max(along[0], 0)))  # columns of the detector stay columns while frames move along y
-    return _of_little_drift(mean, drift, current.whole.used) if with_map and drift < _LEAST_DRIFT else mean
+        still = not current.loses_pixels(found) and _are_still(current, better)
+        current = better.after(current)
+        if still:
+            break
+    return current
 
 
 def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
@@ -253,21 +284,36 @@ def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
     return said.replace(smoothing=width, history=words)
 
 
-def _with_map(guide: Reference, fixed: DetectorMap) -> Reference:
-    """Return a guide whose frames are corrected by a map."""
-    flat = fixed.gain if guide.flat is None else guide.flat * fixed.gain
-    return guide.replace(flat=flat if fixed.texture else guide.flat, frame_mask=guide.frame_mask & fixed.following)
+def _with_map(guide: Reference, fixed: DetectorMap, given: Reference) -> Reference:
+    """Return a guide whose frames are corrected by a map, after the dark and flat that are given."""
+    valid = guide.frame_mask & fixed.following
+    gain = np.float32(1) if given.corrections is None or given.corrections.gain is None else given.corrections.gain
+    dark = fixed.offset * gain if given.dark is None else given.dark + fixed.offset * gain
+    flat = fixed.gain if given.flat is None else given.flat * fixed.gain
+    return guide.replace(
+        dark=dark if fixed.spread.offset or fixed.spread.of_lines else given.dark,
+        flat=flat if fixed.spread.gain else given.flat,
+        frame_mask=valid,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Round:
     """What a round gave."""
 
+    frames: Sequence[Sequence[int]]
+    """The frames of either half."""
     halves: Sequence[AlignedSum]
     detector: DetectorSums | None
     """Sums over all frames, of a round with a model."""
+    fixed: DetectorMap | None
+    """Map by which frames were corrected."""
     number: int = 1
     """How many rounds there were."""
+    step: Image | None = None
+    """Changes of the shifts since the round before, if that had a map, too."""
+    further: float = 0.0
+    """How many times that step the limit lies beyond these shifts (61); 0: not known."""
 
     @cached_property
     def whole(self) -> AlignedSum:
@@ -282,35 +328,102 @@ class _Round:
         """Shifts (frame, 2) less the mean shift of their half, whose guide lies at a place of its own."""
         return np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in self.halves])
 
+    @cached_property
+    def drift(self) -> float:
+        """Standard deviation of the shifts along the direction of least drift, pixels."""
+        # Columns of the detector stay columns while frames move along y.
+        along = np.linalg.eigvalsh(np.cov(self.shifts.T, bias=True))
+        return float(np.sqrt(max(along[0], 0)))
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether frames were corrected for a pattern of the detector."""
+        return self.fixed is not None and any(self.fixed.spread)
+
+    def next_map(self) -> DetectorMap | None:
+        """Return the map with which frames are to be corrected next; None where nothing stays on the detector."""
+        if self.detector is None:
+            return None
+        found = map_of(self.detector, self.mean.frame_mask)
+        if self.drift < _LEAST_DRIFT:  # the pattern itself would be taken for the detector's
+            found = DetectorMap.without_pattern(found.following)
+        lost = self.loses_pixels(found)
+        if not any(found.spread):
+            if self.fixed and lost:  # these come first
+                return self.fixed._replace(following=found.following)
+            return found if lost or self.has_pattern else None
+        return found.beyond(self.fixed, self.further) if self.fixed and self.further else found
+
+    def loses_pixels(self, found: DetectorMap) -> bool:
+        """Return whether many pixels that were used so far do not follow the pattern."""
+        mask = self.mean.frame_mask
+        return bool(np.count_nonzero(mask & ~found.following) >= _FEW_PIXELS * np.count_nonzero(mask))
+
+    def after(self, last: "_Round") -> "_Round":
+        """Return this round as the one after another, with what their shifts say about the limit (61)."""
+        number = last.number + 1
+        if self.shifts.shape != last.shifts.shape:
+            return replace(self, number=number)
+        step, before = self.shifts - last.shifts, last.step
+        if before is None or before.shape != step.shape or last.further:
+            return replace(self, number=number, step=step)
+        ratio = float(np.clip((step * before).sum() / max((before**2).sum(), 1e-300), 0, _LARGEST_RATIO))
+        return replace(self, number=number, step=step, further=ratio / (1 - ratio))
+
+    def reference(self, asked: int) -> Reference:
+        """Return the mean, of so many frames that were to be aligned, with its history."""
+        history = f"mean of {self.whole.used} of {asked} frames, aligned in {self.number} rounds"
+        spread = self.fixed.spread if self.fixed else Spread(0, 0)
+        found = {
+            f"gains of pixels that differ by {spread.gain:.1%}": spread.gain,
+            f"offsets of pixels that differ by {spread.offset:.3g} counts": spread.offset,
+            f"offsets of rows and columns that differ by {spread.of_lines:.3g} counts": spread.of_lines,
+        }
+        return self.mean.replace(history=", with ".join([history, *(words for words, one in found.items() if one)]))
+
 
 def _rounds_until_still(
-    read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], iterations: int
+    read: Read,
+    halves: Sequence[Sequence[int]],
+    guides: Sequence[Reference],
+    iterations: int,
+    fixed: DetectorMap | None,
 ) -> _Round | None:
     """Repeat rounds until the shifts no longer change; None where not even one gave a mean of both halves."""
     last: _Round | None = None
     for number in range(1, iterations + 1):
         if last:
             guides = _exchanged([half.mean() for half in last.halves])
-        current = _one_round(read, halves, guides, with_model=number > 1)
+        current = _one_round(read, halves, guides, fixed, with_model=number > 1)
         if current is None:
             break
         before, last = last, replace(current, number=number)
-        if before and before.shifts.shape == last.shifts.shape:
-            moved = np.abs(last.shifts - before.shifts).mean()
-            if moved < _CONVERGED * last.halves[0].sigma:
-                break
+        if before and _are_still(before, last):
+            break
     return last
 
 
+def _are_still(before: _Round, now: _Round) -> bool:
+    """Return whether shifts have hardly changed since the round before."""
+    if before.shifts.shape != now.shifts.shape:
+        return False
+    return bool(np.abs(now.shifts - before.shifts).mean() < _CONVERGED * now.halves[0].sigma)
+
+
 def _one_round(
-    read: Read, halves: Sequence[Sequence[int]], guides: Sequence[Reference], *, with_model: bool
+    read: Read,
+    halves: Sequence[Sequence[int]],
+    guides: Sequence[Reference],
+    fixed: DetectorMap | None,
+    *,
+    with_model: bool = True,
 ) -> _Round | None:
     """Register and average the frames of both halves; None where one of them has no mean then."""
     if any(prepare(one).template is None for one in guides):
         return None
     detector = DetectorSums.empty(guides[0].shape) if with_model else None
-    sums = [sum_aligned(read, half, one, detector) for half, one in zip(halves, guides, strict=True)]
-    return _Round(sums, detector) if all(half.used for half in sums) else None
+    sums = [sum_aligned(read, half, one, detector, fixed) for half, one in zip(halves, guides, strict=True)]
+    return _Round(halves, sums, detector, fixed) if all(half.used for half in sums) else None
 
 
 def _exchanged(means: Sequence[Reference]) -> list[Reference]:

@@ -1,16 +1,17 @@
-"""What does not move with the pattern: the gain of each pixel of the detector, and pixels that do not follow at all.
+"""What does not move with the pattern: gain and offset of each pixel, and pixels that do not follow at all.
 
 Frames that have drifted show a pattern through different pixels. What a pixel shows, relative to the mean of the
-aligned frames, then is the pixel's own doing where it is the same in all frames: its gain, or a stain, an edge or a
-bad pixel.
+aligned frames, then is the pixel's own doing where it is the same in all frames: its gain or offset, or a stain, an
+edge or a bad pixel.
 The idea is that of J. R. Kuhn, H. Lin, D. Loranz, PASP 103, 1097 (1991), for flats from displaced images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
+import scipy.optimize
 
 from stillframe.images.arrays import Float32, Image, Mask, Pixels
 from stillframe.images.hot_pixels import NORMAL_MEDIAN
@@ -48,7 +49,10 @@ class DetectorSums:
     residual: Float32
     """Σ r: frame less what the reference, moved to the frame, predicts; over the frame's gain."""
     fine: Float32
-    """Σ r′: residual less its mean over the surroundings."""
+    """Σ r′: residual of the frame without a map, less its means over lines and over the surroundings.
+
+    The next map does not depend on the last one then: what that leaves would not show its noise, since the same frames
+    did."""
     squares: Float32
     """Σ r²."""
     fine_squares: Float32
@@ -65,21 +69,44 @@ class DetectorSums:
     """Σ of the residual's variance, as far as counts and reference explain it."""
     of_reference: Float32
     """Σ of the part of that variance that is the reference's."""
-    frames: int = 0
+    of_offset: Float32
+    """Σ 1/a: what an offset of the pixel by one count adds to Σ r, for frames of the gains a."""
+    of_offset_squares: Float32
+    """Σ 1/a²."""
+    lines: list[Image] = field(default_factory=list)
+    """Means of that residual over the rows, then over the columns, of each frame (y + x,)."""
+    inverse_gains: list[float] = field(default_factory=list)
+    """1/a of each frame."""
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return len(self.lines)
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> "DetectorSums":
         """Return sums over no frame."""
-        return cls(*np.zeros((10, *shape), np.float32))
+        return cls(*np.zeros((12, *shape), np.float32))
 
-    def add(self, residual: Image, signal: Image, variance: Image, of_reference: float, kept: Mask) -> None:
+    def add(
+        self,
+        residual: Image,
+        signal: Image,
+        variance: Image,
+        of_reference: float,
+        kept: Mask,
+        gain: float = 1.0,
+        removed: Image | None = None,
+    ) -> None:
         """Add a frame, (y, x) each; pixels that are not kept do not count.
 
-        ``of_reference`` is the fraction of the variance that is the reference's.
+        ``of_reference`` is the fraction of the variance that is the reference's, ``gain`` that of the frame, by which
+        its residual was divided, and ``removed`` what a map took from the frame, divided alike.
         """
         counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
-        around = _sum_around(counted, _AROUND) / np.maximum(_sum_around(kept, _AROUND), 1)
-        fine = np.where(kept, counted - around, 0)
+        without_map = counted if removed is None else np.where(kept, residual + removed, 0)
+        rows, columns = _line_means(without_map, kept)
+        fine = high_pass(without_map - rows - columns, kept)
         self.residual += counted
         self.fine += fine
         self.squares += counted**2
@@ -91,7 +118,20 @@ class DetectorSums:
         of_noise = np.where(kept, variance, 0)
         self.noise += of_noise
         self.of_reference += of_reference * of_noise
-        self.frames += 1
+        self.of_offset += kept / np.float32(gain)
+        self.of_offset_squares += kept / np.float32(gain**2)
+        self.lines.append(np.concatenate([rows[:, 0], columns[0]]))
+        self.inverse_gains.append(1 / gain)
+
+
+def _line_means(image: Image, kept: Mask) -> tuple[Image, Image]:
+    """Return the means of an image over its rows (y, 1) and columns (1, x), less that of all; 0 where none counts."""
+    rest, lines = np.where(kept, image - image.sum() / max(np.count_nonzero(kept), 1), 0), [np.zeros((1, 1))] * 2
+    for axis in (1, 0, 1, 0):  # where a block hides parts of lines, rows and columns share something
+        step = rest.sum(axis=axis, keepdims=True) / np.maximum(kept.sum(axis=axis, keepdims=True), 1)
+        lines[1 - axis] = lines[1 - axis] + step
+        rest = np.where(kept, rest - step, 0)
+    return lines[0], lines[1]
 
 
 def _sum_around(image: Pixels, side: int) -> Image:
@@ -100,19 +140,54 @@ def _sum_around(image: Pixels, side: int) -> Image:
     return np.asarray(mean * side**2)
 
 
+class Spread(NamedTuple):
+    """Standard deviations of what pixels have of their own, 0 where none is significant."""
+
+    gain: float
+    offset: float
+    """Corrected counts."""
+    of_lines: float = 0.0
+    """That of the offsets of whole rows and columns."""
+
+    def variance(self, sums: "DetectorSums") -> Image:
+        """Return the variance of Σ r that gains and offsets of pixels cause."""
+        of_gain, of_offset = (one.astype(np.float64) for one in (sums.signal, sums.of_offset))
+        return (self.gain * of_gain) ** 2 + (self.offset * of_offset) ** 2
+
+
 class DetectorMap(NamedTuple):
     """The detector's own pattern, as far as frames show it."""
 
     gain: Float32
     """Response of the pixels (y, x), 1 where nothing is known."""
+    offset: Float32
+    """What pixels show in excess, corrected counts (y, x), 0 where nothing is known."""
     following: Mask
     """True = the pixel follows the pattern."""
-    texture: float
-    """Standard deviation of the gain; 0 where none is significant."""
+    spread: Spread
+
+    @classmethod
+    def without_pattern(cls, following: Mask) -> "DetectorMap":
+        """Return a map that only says which pixels follow."""
+        zeros = np.zeros(following.shape, np.float32)
+        return cls(zeros + 1, zeros, following, Spread(0, 0))
+
+    def beyond(self, before: "DetectorMap", by: float) -> "DetectorMap":
+        """Return a map that differs from this one by so many times what this one differs from the one before."""
+        factor = np.float32(by)
+        return self._replace(
+            gain=self.gain + factor * (self.gain - before.gain),
+            offset=self.offset + factor * (self.offset - before.offset),
+            spread=Spread(*map(max, self.spread, before.spread)),
+        )
+
+    def removed_from(self, corrected: Pixels) -> Image:
+        """Return what the correction by this map took from a corrected frame (y, x)."""
+        return np.asarray(corrected * (self.gain - 1) + self.offset)
 
 
 def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
-    """Return the gains of pixels, and which of them follow the pattern.
+    """Return gains and offsets of pixels, and which of them follow the pattern.
 
     Parameters
     ----------
@@ -121,54 +196,116 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     valid : array of bool, shape (y, x)
         Pixels of the frames that are judged.
     """
-    lit = valid & _lit(sums)
-    usual = _usual_texture(sums, lit)
+    judged = valid & _visited(sums)
+    usual = _usual_spread(sums, judged)
     following = _following(sums, valid, usual)
+    found = DetectorMap.without_pattern(following)
     if np.count_nonzero(valid & ~following) > _SETTLED * np.count_nonzero(valid):
-        return DetectorMap(np.ones(valid.shape, np.float32), following, 0.0)
-    texture, gain = _texture(sums, lit & following, usual)
-    return DetectorMap(gain.astype(np.float32), following, texture)
+        return found
+    judged &= following
+    lines = _line_offsets(sums)
+    spread = _spread(sums, judged, usual)._replace(of_lines=float(np.sqrt(np.mean(lines**2))))
+    if not any(spread):
+        return found
+    gain, offset = _gains_and_offsets(sums, judged, spread)
+    return found._replace(gain=gain, offset=offset + np.where(valid, lines, 0), spread=spread)
+
+
+def high_pass(image: Image, mask: Mask) -> Image:
+    """Return an image less its mean over the surroundings in which pixels are judged; 0 where invalid."""
+    kept = np.where(mask, image, 0)
+    return np.where(mask, kept - _sum_around(kept, _AROUND) / np.maximum(_sum_around(mask, _AROUND), 1), 0)
 
 
 def _lit(sums: DetectorSums) -> Mask:
-    """Return True where enough of the pattern passed, in several frames."""
+    """Return True where enough of the pattern passed."""
     signal = sums.signal.astype(np.float64)
-    enough = signal > _LEAST_SIGNAL * max(float(signal.mean()), 0.0)
-    return np.asarray(enough & (sums.noise > 0) & (signal**2 >= _LEAST_VISITS * sums.signal_squares))
+    return np.asarray(signal > _LEAST_SIGNAL * max(float(signal.mean()), 0.0))
 
 
-def _usual_texture(sums: DetectorSums, judged: Mask) -> float:
-    """Return the standard deviation of the gains, from their median deviation: a few odd pixels do not change it."""
-    if not judged.any():
-        return 0.0
-    signal, noise = sums.signal[judged], sums.noise[judged]
-    scatter = float(np.median(np.abs(sums.fine[judged] / signal))) / NORMAL_MEDIAN
-    return float(np.sqrt(max(scatter**2 - float(np.median(noise / signal**2)), 0)))
+def _visited(sums: DetectorSums) -> Mask:
+    """Return True where several frames count, by the signal where there is one."""
+    signal = sums.signal.astype(np.float64)
+    offset = sums.of_offset.astype(np.float64)
+    by_signal, by_offset = signal**2 / _LEAST_VISITS, offset**2 / _LEAST_VISITS
+    several = np.where(_lit(sums), by_signal >= sums.signal_squares, by_offset >= sums.of_offset_squares)
+    return np.asarray(several & (sums.noise > 0))
 
 
-def _texture(sums: DetectorSums, judged: Mask, usual: float) -> tuple[float, Image]:
-    """Return the standard deviation of the gain over the pixels, 0 where not significant, and the gain itself (56, 57).
+def _usual_spread(sums: DetectorSums, judged: Mask) -> Spread:
+    """Return the spread of gains and offsets, from median deviations: a few odd pixels do not change it.
 
-    Products of different frames at one pixel share the gain and nothing else: neither noise nor changes of the pattern.
+    It explains those of the dimmer and those of the brighter half of the pixels.
     """
-    ones = np.ones(judged.shape)
-    if not judged.any():
-        return 0.0, ones
-    fine, squares, signal, signal_squares, noise = (
-        one[judged].astype(np.float64)
-        for one in (sums.fine, sums.fine_squares, sums.signal, sums.signal_squares, sums.noise)
-    )
-    measured, of_noise, of_others = fine / signal, noise / signal**2, signal**2 - signal_squares
-    weight = np.where(measured**2 < _NOT_FOLLOWING**2 * (usual**2 + of_noise), noise**-2, 0)
-    products = weight * (fine**2 - squares)
-    possible = max(float((weight * of_others).sum()), 1e-300)
-    square, error = float(products.sum()) / possible, float(np.sqrt((products**2).sum())) / possible
-    of_a_frame = float((weight * noise).sum()) / possible * sums.frames
-    if square < _SIGNIFICANT * error or square < _WORTH * of_a_frame:
-        return 0.0, ones
-    changes = (squares - measured**2 * signal_squares) * signal**2 / of_others
-    ones[judged] += measured * square / (square + np.maximum(noise, changes) / signal**2)
-    return float(np.sqrt(square)), ones
+    fine, signal, noise, of_offset = (one[judged] for one in (sums.fine, sums.signal, sums.noise, sums.of_offset))
+    if not fine.size:
+        return Spread(0, 0)
+    level, deviation, own = signal / of_offset, np.abs(fine / of_offset), noise / of_offset**2
+    bright = level > np.median(level)
+    halves = [half for half in (~bright, bright) if half.any()]
+    squares = [(np.median(deviation[half]) / NORMAL_MEDIAN) ** 2 - np.median(own[half]) for half in halves]
+    terms = np.array([[np.median(level[half]) ** 2 for half in halves], [1.0] * len(halves)], np.float64)
+    return Spread(*map(float, np.sqrt(_non_negative(terms, np.array(squares, np.float64)))))
+
+
+def _spread(sums: DetectorSums, judged: Mask, usual: Spread) -> Spread:
+    """Return the spread of gains and offsets over the pixels, 0 each where not significant (56).
+
+    Products of different frames at one pixel share both and nothing else: neither noise nor changes of the pattern.
+    """
+    few = judged & (sums.fine.astype(np.float64) ** 2 < _NOT_FOLLOWING**2 * (usual.variance(sums) + sums.noise))
+    fine, squares, noise, sum_of_each, squares_of_each = _at(few, sums)
+    products = (fine**2 - squares) / noise
+    terms = (sum_of_each**2 - squares_of_each) / noise
+    in_a_frame = sum_of_each**2 / (max(sums.frames, 1) * noise)
+    significant = terms @ products > _SIGNIFICANT * np.sqrt(terms**2 @ products**2)
+    if not significant.any():
+        return Spread(0, 0)
+    found = _non_negative(terms * significant[:, None], products)
+    worth = significant & (found * in_a_frame.mean(axis=1) > _WORTH)
+    return Spread(*map(float, np.sqrt(_non_negative(terms * worth[:, None], products))))
+
+
+def _line_offsets(sums: DetectorSums) -> Float32:
+    """Return the offsets of whole rows and columns, corrected counts (y, x), 0 where not significant (62)."""
+    each, inverse_gains = np.array(sums.lines), np.array(sums.inverse_gains)
+    total, squares, frames = each.sum(axis=0), (each**2).sum(axis=0), len(each)
+    products, possible = total**2 - squares, inverse_gains.sum() ** 2 - (inverse_gains**2).sum()
+    offsets = np.zeros_like(total)
+    for lines in np.split(np.arange(len(total)), [sums.residual.shape[0]]):
+        if products[lines].sum() > _SIGNIFICANT * np.sqrt(2 * (squares[lines] ** 2).sum()):
+            square = products[lines].mean() / possible
+            error = np.maximum(squares - total**2 / frames, 0)[lines] / inverse_gains.sum() ** 2
+            offsets[lines] = total[lines] / inverse_gains.sum() * square / (square + error)
+    rows, columns = np.split(offsets.astype(np.float32), [sums.residual.shape[0]])
+    return np.asarray(rows[:, None] + columns)
+
+
+def _at(pixels: Mask, sums: DetectorSums) -> tuple[Image, Image, Image, Image, Image]:
+    """Return Σ r′, Σ r′², the variance, and sums and sums of squares (2, pixel) of what gain and offset add to r."""
+    fine, squares, noise = (one[pixels].astype(np.float64) for one in (sums.fine, sums.fine_squares, sums.noise))
+    of_each = np.stack([sums.signal[pixels], sums.of_offset[pixels]]).astype(np.float64)
+    squares_of_each = np.stack([sums.signal_squares[pixels], sums.of_offset_squares[pixels]]).astype(np.float64)
+    return fine, squares, noise, of_each, squares_of_each
+
+
+def _non_negative(terms: Image, values: Image) -> Image:
+    """Return the coefficients ≥ 0 of the sum of terms (k, n) that fits values (n,) best."""
+    return np.asarray(scipy.optimize.nnls(terms @ terms.T, terms @ values)[0])
+
+
+def _gains_and_offsets(sums: DetectorSums, judged: Mask, spread: Spread) -> tuple[Float32, Float32]:
+    """Return the gains and offsets of least expected error (57)."""
+    gain, offset = np.ones(judged.shape, np.float32), np.zeros(judged.shape, np.float32)
+    fine, squares, noise, of_each, squares_of_each = _at(judged, sums)
+    prior = np.array([spread.gain, spread.offset])[:, None] ** 2
+    expected = np.maximum((prior * of_each**2).sum(axis=0), 1e-300)
+    same = (prior * squares_of_each).sum(axis=0) / expected
+    changes = (squares - fine**2 * same) / np.maximum(1 - same, 1e-300)
+    of_gain, of_offset = prior * of_each * fine / (expected + np.maximum(noise, changes))
+    gain[judged] += of_gain
+    offset[judged] = of_offset
+    return gain, offset
 
 
 def _variance(total: Pixels, squares: Pixels, noise: Pixels, number: int) -> Image:
@@ -176,13 +313,13 @@ def _variance(total: Pixels, squares: Pixels, noise: Pixels, number: int) -> Ima
     return np.maximum(noise, squares - total**2 / number).astype(np.float64)
 
 
-def _following(sums: DetectorSums, valid: Mask, texture: float) -> Mask:
+def _following(sums: DetectorSums, valid: Mask, usual: Spread) -> Mask:
     """Return True but where pixels show something else than the pattern that moves; True for all if too many (58).
 
     Single pixels are judged first, then the sums of the others over the closest surroundings, whose noise is less.
     """
     expected = np.maximum(sums.signal, _LEAST_SIGNAL * max(float(sums.signal[valid].mean()), 0.0))
-    error = _variance(sums.residual, sums.squares, sums.noise, sums.frames) + (texture * expected) ** 2
+    error = _variance(sums.residual, sums.squares, sums.noise, sums.frames) + usual.variance(sums)
     odd = valid & (_differs(sums.residual, error, expected) | _stays(*_changes(sums)))
     rest = valid & ~odd
     total, of_noise, signal, *changes = (

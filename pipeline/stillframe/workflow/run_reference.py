@@ -331,8 +331,8 @@ def _with_mask(stored: Reference, path: Path, mask: Mask | None, images: Correct
         elif digest_of(getattr(stored, name)) != digest_of(getattr(now, name)):
             warn(
                 f"{path} was made with another {name}: its image stays as it is, and frames are corrected with the "
-                f"{name} that is given. To use the one of the reference, which includes the gains that were measured "
-                f"for it, leave out --{name}."
+                f"{name} that is given. To use the one of the reference, which includes what was measured of the "
+                f"detector, leave out --{name}."
             )
     if mask is None:
         return stored
