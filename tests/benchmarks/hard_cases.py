@@ -262,6 +262,8 @@ def detector(kind, row, mean, open_, rng):
     if "hot" in row:
         hot = (rng.random(shape) < 0.03) & open_
         added = added + hot * mean * np.exp(rng.uniform(np.log(2), np.log(40), shape))
+    if "offsets" in row:
+        added = mean * np.maximum(4 + rng.normal(size=shape if "pixels" in row else (1, shape[1])) + np.zeros(shape), 0)
     if row == "no mask at all":
         added, mask = np.where(open_, added, 0.05 * mean), None
     return Detector(open_, gain, added, mask)
@@ -349,9 +351,11 @@ DETECTOR_ROWS = (
     "half of the intensity lost",
 )
 TEXTURED = ("texture 10 %",)
+OFFSETS = ("offsets of pixels", "offsets of columns")
+"""Their standard deviation is the mean of the pattern."""
 DETECTOR_LEVELS = {
     "faint": ("clean", "texture 10 %", "scatter as bright as the mean", "scatter 3 × the mean", *DETECTOR_ROWS[5:]),
-    "bright": DETECTOR_ROWS,
+    "bright": (*DETECTOR_ROWS, *OFFSETS),
     "brilliant": DETECTOR_ROWS[:3],
 }
 """Rows of the group "detector"; the other two groups have the bright ones, and texture at the brilliant level."""

@@ -19,7 +19,7 @@ from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
-from stillframe.registration.detector_map import DetectorMap, DetectorSums, Spread, high_pass, map_of
+from stillframe.registration.detector_map import DetectorMap, DetectorSums, Spread, map_of, sharp_structure
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import contrast_of, prepare
@@ -49,6 +49,8 @@ _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
 _LEAST_DRIFT = 1.0
 """With a smaller rms drift along some direction, pixels, features stay on the same pixels."""
+_FREED = 2.0
+"""Frames that a pattern of the detector held drift by so many times more without it."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
 _FEW_PIXELS = 2e-3
@@ -143,19 +145,21 @@ def iterated_reference(
     if not with_map:
         return aligned.reference(asked)
     found = _with_maps(read, aligned, guide)
-    if found.drift < _LEAST_DRIFT:
-        found = _unlocked(read, usable, reference, iterations) or found
+    if found.drift < _LEAST_DRIFT or found.whole.used < _ENOUGH * len(usable):
+        found = _unlocked(read, usable, reference, iterations, found) or found
     made = found.reference(asked)
     return made if found.drift >= _LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
 
 
-def _unlocked(read: Read, usable: Sequence[int], reference: Reference, iterations: int) -> "_Round | None":
-    """Align frames less what their plain mean shows in small features; None where they are not seen to drift then.
+def _unlocked(
+    read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: "_Round"
+) -> "_Round | None":
+    """Align frames less what their plain mean shows in small features; None where they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
     plain mean it is as in every frame, while a pattern that drifts is smeared.
     """
-    fine = high_pass(reference.image, reference.frame_mask).astype(np.float32)
+    fine = sharp_structure(reference.image, reference.frame_mask).astype(np.float32)
     start = DetectorMap.without_pattern(reference.frame_mask)._replace(offset=fine, spread=Spread(0.0, 1.0))
     without = _with_map(reference, start, reference).replace(image=reference.image - fine)
     guide, registered = _best_guide(read, usable, without)
@@ -164,9 +168,10 @@ def _unlocked(read: Read, usable: Sequence[int], reference: Reference, iteration
     aligned = _rounds(read, usable, registered, guide, iterations, start)
     if aligned is None or aligned.drift < _LEAST_DRIFT:
         return None
-    found = _with_maps(read, aligned, reference)
-    enough = found.whole.used >= _ENOUGH * len(usable)
-    return found if enough and found.drift >= _LEAST_DRIFT else None
+    found, least = _with_maps(read, aligned, reference), _ENOUGH * len(usable)
+    by_a_map = found.fixed is not None and found.fixed.offset is not fine
+    freed = found.drift >= max(_LEAST_DRIFT, _FREED * locked.drift) or locked.whole.used < least <= found.whole.used
+    return found if by_a_map and freed and found.whole.used >= least else None
 
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:

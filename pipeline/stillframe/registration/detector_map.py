@@ -18,6 +18,8 @@ from stillframe.images.hot_pixels import NORMAL_MEDIAN
 
 _AROUND = 25
 """Side of the square, pixels, in which gains are judged relative to each other: wider structure is the pattern's."""
+_LINES_AROUND = 51
+"""Number of rows, or columns, over which the mean of lines is taken that the plain mean of frames shows beside them."""
 _CLOSE = 9
 """Side of the square, pixels, in which weak deviations are summed."""
 _LEAST_SIGNAL = 0.02
@@ -106,7 +108,7 @@ class DetectorSums:
         counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
         without_map = counted if removed is None else np.where(kept, residual + removed, 0)
         rows, columns = _line_means(without_map, kept)
-        fine = high_pass(without_map - rows - columns, kept)
+        fine = _high_pass(without_map - rows - columns, kept)
         self.residual += counted
         self.fine += fine
         self.squares += counted**2
@@ -211,7 +213,16 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     return found._replace(gain=gain, offset=offset + np.where(valid, lines, 0), spread=spread)
 
 
-def high_pass(image: Image, mask: Mask) -> Image:
+def sharp_structure(image: Pixels, mask: Mask) -> Image:
+    """Return in what pixels, rows and columns of an image (y, x) differ from their surroundings; 0 where invalid."""
+    lines = _line_means(np.where(mask, image, 0), mask)
+    sharp = _high_pass(image - lines[0] - lines[1], mask)
+    for axis, one in enumerate(lines):
+        sharp = sharp + one - scipy.ndimage.uniform_filter1d(one, _LINES_AROUND, axis=axis)
+    return np.where(mask, sharp, 0)
+
+
+def _high_pass(image: Image, mask: Mask) -> Image:
     """Return an image less its mean over the surroundings in which pixels are judged; 0 where invalid."""
     kept = np.where(mask, image, 0)
     return np.where(mask, kept - _sum_around(kept, _AROUND) / np.maximum(_sum_around(mask, _AROUND), 1), 0)
