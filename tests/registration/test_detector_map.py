@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 
 import stillframe as sf
-from stillframe.registration.detector_map import DetectorSums, map_of
+from stillframe.registration.detector_map import DetectorMap, DetectorSums, Spread, map_of
 from stillframe.simulation.experiment import evaluate
 
 SHAPE, FRAMES = (128, 120), 16
@@ -65,13 +65,9 @@ class TestEquations:
         sums = DetectorSums.empty(SHAPE)
         for r, m in zip(residual, signal, strict=True):
             sums.add(r, m, m, 0.0, EVERYWHERE)
-        residual = residual.astype(float)
-        level = residual.mean(axis=(1, 2), keepdims=True)
-        lines = [residual.mean(axis=axis, keepdims=True) - level for axis in (2, 1)]
-        rest = residual - level - lines[0] - lines[1]
-        around = np.stack([scipy.ndimage.uniform_filter(r, 25, mode="constant") for r in rest])
+        around = np.stack([scipy.ndimage.uniform_filter(r.astype(float), 25, mode="constant") for r in residual])
         share = scipy.ndimage.uniform_filter(np.ones(SHAPE), 25, mode="constant")
-        return sums, residual, rest - around / share, signal
+        return sums, residual, residual - around / share, signal
 
     def test_56_and_57_are_the_gains(self, drawn):
         sums, _, fine, signal = drawn
@@ -83,13 +79,13 @@ class TestEquations:
         of_others = sum(a * b for i, a in enumerate(fine) for j, b in enumerate(fine) if i != j)
         terms = ((total**2 - squares) / noise).reshape(2, -1)
         square = np.linalg.solve(terms @ terms.T, terms @ (of_others / noise).ravel())
-        assert found.spread[:2] == pytest.approx(np.sqrt(square), rel=2e-2)
+        assert found.spread == pytest.approx((*np.sqrt(square), 0), rel=2e-2)
         expected = np.tensordot(square, total**2, 1)
         q = np.tensordot(square, squares, 1) / expected
         u = np.maximum(noise, ((fine**2).sum(axis=0) - fine.sum(axis=0) ** 2 * q) / (1 - q))
         known = fine.sum(axis=0) / (expected + u)
         np.testing.assert_allclose(found.gain, 1 + found.spread.gain**2 * total[0] * known, atol=2e-3)
-        offset = found.spread.offset**2 * total[1] * known + offsets_of_lines(sums.lines, np.ones(FRAMES))
+        offset = found.spread.offset**2 * total[1] * known
         np.testing.assert_allclose(found.offset, offset, atol=5e-3)
 
     def test_62_is_the_offset_of_lines(self):
@@ -196,6 +192,18 @@ class TestWhatIsFound:
         assert found.following.all()
 
 
+def test_a_map_goes_no_further_than_what_pixels_usually_have():
+    one, other = (
+        DetectorMap.without_pattern(EVERYWHERE)._replace(
+            gain=np.full(SHAPE, gain, np.float32), offset=np.zeros(SHAPE, np.float32), spread=Spread(0.1, 0)
+        )
+        for gain in (1.1, 1.15)
+    )
+    assert other.beyond(one, 2).gain == pytest.approx(1.25)
+    assert other.beyond(one, 9).gain == pytest.approx(1.4)
+    assert (other.beyond(DetectorMap.without_pattern(EVERYWHERE), 2).gain == other.gain).all()
+
+
 def errors_over_sigma(frames, shifts, reference):
     matches = sf.match_frames(frames, reference)
     good = matches["flag"] == 0
@@ -252,6 +260,36 @@ class TestReferences:
         )
         assert z_before > 3 and z < 1.5
         assert after < 0.5 * before
+
+    @pytest.mark.parametrize("spread", [5, 7])
+    def test_offsets_that_the_given_dark_and_flat_leave(self, patterns, shifts, spread):
+        """They are added to the dark in recorded counts."""
+        rng, (y, x) = np.random.default_rng(6), np.indices(SHAPE)
+        offset, flat = rng.normal(0, spread, SHAPE), 0.2 + 0.8 * np.exp(-((y - 64) ** 2 + (x - 60) ** 2) / 2 / 45**2)
+        frames = (
+            (np.random.default_rng(5).poisson(0.2 * flat * (patterns + 60)) + 100 + offset).round().astype(np.uint16)
+        )
+        found = make(frames, dark=np.full(SHAPE, 100), flat=flat)
+        measured = (found.dark - 100)[found.frame_mask]
+        assert np.corrcoef(measured, offset[found.frame_mask])[0, 1] > 0.85
+        assert measured.std() == pytest.approx(spread, rel=0.2)
+        assert errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)[1] < 1.5
+
+    @pytest.mark.parametrize("shape", [(1, SHAPE[1]), SHAPE], ids=["columns", "pixels"])
+    def test_gains_are_not_taken_for_offsets_of_lines(self, patterns, shifts, shape):
+        gain = 1 + 0.1 * np.random.default_rng(6).normal(size=shape)
+        frames = np.random.default_rng(5).poisson(20 * gain * patterns).astype(np.uint16)
+        found = make(frames)
+        assert "gains of pixels that differ by" in found.history and "rows and columns" not in found.history
+        assert errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)[1] < 1.5
+
+    def test_a_clean_detector_with_little_drift_has_no_pattern(self):
+        shifts = np.random.default_rng(1).normal(0, 1.3, (48, 2))
+        patterns = np.stack([60 * evaluate("spots", SHAPE, shift) + 5 for shift in shifts])
+        frames = np.random.default_rng(6).poisson(patterns).astype(np.uint16)
+        found = make(frames)
+        assert found.dark is None and found.flat is None and "too small" in found.history
+        assert errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)[1] < 1.3
 
     def test_offsets_of_columns_become_part_of_the_dark(self, patterns, shifts):
         """All frames lie on the columns at first."""

@@ -142,10 +142,19 @@ class AlignedSum:
         hits = mask & ~kept & small
         assert self.detector is not None
         gain, judged = estimate.gain, mask & modelled & ~hits
-        removed = None if self.corrected_by is None else self.corrected_by.removed_from(frame) / gain
+        removed, response = self._removed_from(frame)
         of_gain = residual / gain, moved, scatter / gain**2  # as if all frames were equally bright
-        self.detector.add(*of_gain, of_reference, judged, gain, removed)
+        self.detector.add(*of_gain, of_reference, judged, gain, removed / gain, response)
         return np.where(small, expected, frame), kept | small
+
+    def _removed_from(self, frame: Pixels) -> tuple[Image, Pixels | float]:
+        """Return what the map took from a corrected frame, and the response of pixels that was given besides."""
+        corrections, fixed = self.guide.corrections, self.corrected_by
+        whole = 1.0 if corrections is None or corrections.gain is None else corrections.gain
+        if fixed is None:
+            return np.zeros(frame.shape), whole
+        response = whole / fixed.gain
+        return fixed.removed_from(frame, response), response
 
     def mean(self, history: str | None = None) -> Reference:
         """Return the mean as a reference, with its noise (45, 46)."""

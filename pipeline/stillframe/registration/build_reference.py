@@ -53,8 +53,6 @@ _FREED = 2.0
 """Frames that a pattern of the detector held drift by so many times more without it."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
-_FEW_PIXELS = 2e-3
-"""Where a smaller fraction of the pixels changes sides, the mean is as good as it gets."""
 _MAPS = 6
 """How often what does not move with the pattern is looked for."""
 _LARGEST_RATIO = 0.8
@@ -159,9 +157,11 @@ def _unlocked(
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
     plain mean it is as in every frame, while a pattern that drifts is smeared.
     """
-    fine = sharp_structure(reference.image, reference.frame_mask).astype(np.float32)
-    start = DetectorMap.without_pattern(reference.frame_mask)._replace(offset=fine, spread=Spread(0.0, 1.0))
-    without = _with_map(reference, start, reference).replace(image=reference.image - fine)
+    fine = sharp_structure(reference.image, reference.frame_mask)
+    given = 1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
+    offset = (fine * given).astype(np.float32)
+    start = DetectorMap.without_pattern(reference.frame_mask)._replace(offset=offset, spread=Spread(0.0, 1.0))
+    without = _with_map(reference, start, reference).replace(image=(reference.image - fine).astype(np.float32))
     guide, registered = _best_guide(read, usable, without)
     if guide is None or len(registered) < 2:
         return None
@@ -169,7 +169,7 @@ def _unlocked(
     if aligned is None or aligned.drift < _LEAST_DRIFT:
         return None
     found, least = _with_maps(read, aligned, reference), _ENOUGH * len(usable)
-    by_a_map = found.fixed is not None and found.fixed.offset is not fine
+    by_a_map = found.fixed is not None and found.fixed.offset is not offset
     freed = found.drift >= max(_LEAST_DRIFT, _FREED * locked.drift) or locked.whole.used < least <= found.whole.used
     return found if by_a_map and freed and found.whole.used >= least else None
 
@@ -267,7 +267,7 @@ def _with_maps(read: Read, current: "_Round", given: Reference) -> "_Round":
         better = _one_round(read, current.frames, guides, found)
         if better is None:
             break
-        still = not current.loses_pixels(found) and _are_still(current, better)
+        still = found.settled and _are_still(current, better)
         current = better.after(current)
         if still:
             break
@@ -292,8 +292,7 @@ def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
 def _with_map(guide: Reference, fixed: DetectorMap, given: Reference) -> Reference:
     """Return a guide whose frames are corrected by a map, after the dark and flat that are given."""
     valid = guide.frame_mask & fixed.following
-    gain = np.float32(1) if given.corrections is None or given.corrections.gain is None else given.corrections.gain
-    dark = fixed.offset * gain if given.dark is None else given.dark + fixed.offset * gain
+    dark = fixed.offset if given.dark is None else given.dark + fixed.offset
     flat = fixed.gain if given.flat is None else given.flat * fixed.gain
     return guide.replace(
         dark=dark if fixed.spread.offset or fixed.spread.of_lines else given.dark,
@@ -316,7 +315,7 @@ class _Round:
     number: int = 1
     """How many rounds there were."""
     step: Image | None = None
-    """Changes of the shifts since the round before, if that had a map, too."""
+    """Changes of the shifts since the round before, if its map was not taken further."""
     further: float = 0.0
     """How many times that step the limit lies beyond these shifts (61); 0: not known."""
 
@@ -350,27 +349,21 @@ class _Round:
         if self.detector is None:
             return None
         found = map_of(self.detector, self.mean.frame_mask)
+        if not found.settled:  # pixels that do not follow come first
+            return (self.fixed or found)._replace(following=found.following, settled=False)
         if self.drift < _LEAST_DRIFT:  # the pattern itself would be taken for the detector's
             found = DetectorMap.without_pattern(found.following)
-        lost = self.loses_pixels(found)
         if not any(found.spread):
-            if self.fixed and lost:  # these come first
-                return self.fixed._replace(following=found.following)
-            return found if lost or self.has_pattern else None
+            return found if self.has_pattern else None
         return found.beyond(self.fixed, self.further) if self.fixed and self.further else found
-
-    def loses_pixels(self, found: DetectorMap) -> bool:
-        """Return whether many pixels that were used so far do not follow the pattern."""
-        mask = self.mean.frame_mask
-        return bool(np.count_nonzero(mask & ~found.following) >= _FEW_PIXELS * np.count_nonzero(mask))
 
     def after(self, last: "_Round") -> "_Round":
         """Return this round as the one after another, with what their shifts say about the limit (61)."""
         number = last.number + 1
-        if self.shifts.shape != last.shifts.shape:
+        if self.shifts.shape != last.shifts.shape or last.further:
             return replace(self, number=number)
         step, before = self.shifts - last.shifts, last.step
-        if before is None or before.shape != step.shape or last.further:
+        if before is None or before.shape != step.shape:
             return replace(self, number=number, step=step)
         ratio = float(np.clip((step * before).sum() / max((before**2).sum(), 1e-300), 0, _LARGEST_RATIO))
         return replace(self, number=number, step=step, further=ratio / (1 - ratio))

@@ -6,12 +6,11 @@ edge or a bad pixel.
 The idea is that of J. R. Kuhn, H. Lin, D. Loranz, PASP 103, 1097 (1991), for flats from displaced images.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
-import scipy.optimize
 
 from stillframe.images.arrays import Float32, Image, Mask, Pixels
 from stillframe.images.hot_pixels import NORMAL_MEDIAN
@@ -30,6 +29,8 @@ _SIGNIFICANT = 5.0
 """A texture is corrected if its variance is so many standard errors above 0."""
 _WORTH = 0.005
 """A texture is corrected if it adds more than this fraction to the variance of a frame's pixels."""
+_LEFT_BY_LINES = 0.3
+"""Offsets of lines leave at most this fraction of what stays on the detector."""
 _SETTLED = 0.001
 """Gains are not measured while a larger fraction of the pixels is found not to follow: they pull the mean."""
 _NOT_FOLLOWING, _NOT_FOLLOWING_BY = 6.0, 0.1
@@ -51,7 +52,7 @@ class DetectorSums:
     residual: Float32
     """Σ r: frame less what the reference, moved to the frame, predicts; over the frame's gain."""
     fine: Float32
-    """Σ r′: residual of the frame without a map, less its means over lines and over the surroundings.
+    """Σ r′: residual of the frame without a map, less its mean over the surroundings.
 
     The next map does not depend on the last one then: what that leaves would not show its noise, since the same frames
     did."""
@@ -59,6 +60,10 @@ class DetectorSums:
     """Σ r²."""
     fine_squares: Float32
     """Σ r′²."""
+    lineless: Float32
+    """Σ r″: as r′, but less its means over rows and columns first."""
+    lineless_squares: Float32
+    """Σ r″²."""
     close_squares: Float32
     """Σ (sum of r over the closest surroundings)²."""
     signal: Float32
@@ -72,23 +77,23 @@ class DetectorSums:
     of_reference: Float32
     """Σ of the part of that variance that is the reference's."""
     of_offset: Float32
-    """Σ 1/a: what an offset of the pixel by one count adds to Σ r, for frames of the gains a."""
+    """Σ 1/a over the response: what an offset by one count adds to Σ r, for frames of the gains a."""
     of_offset_squares: Float32
+    """Sum of the squares."""
+    lines: Image = field(default_factory=lambda: np.zeros((2, 0)))
+    """Sum and sum of squares of the means, over rows and then columns, of the residual without a map, (2, y + x)."""
+    frames: int = 0
+    inverse_gains: float = 0.0
+    """Σ 1/a."""
+    inverse_gains_squares: float = 0.0
     """Σ 1/a²."""
-    lines: list[Image] = field(default_factory=list)
-    """Means of that residual over the rows, then over the columns, of each frame (y + x,)."""
-    inverse_gains: list[float] = field(default_factory=list)
-    """1/a of each frame."""
-
-    @property
-    def frames(self) -> int:
-        """Number of frames."""
-        return len(self.lines)
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> "DetectorSums":
         """Return sums over no frame."""
-        return cls(*np.zeros((12, *shape), np.float32))
+        sums = cls(*np.zeros((14, *shape), np.float32))
+        sums.lines = np.zeros((2, sum(shape)))
+        return sums
 
     def add(
         self,
@@ -97,22 +102,28 @@ class DetectorSums:
         variance: Image,
         of_reference: float,
         kept: Mask,
-        gain: float = 1.0,
-        removed: Image | None = None,
+        frame_gain: float = 1.0,
+        removed: Image | float = 0.0,
+        response: Pixels | float = 1.0,
     ) -> None:
         """Add a frame, (y, x) each; pixels that are not kept do not count.
 
-        ``of_reference`` is the fraction of the variance that is the reference's, ``gain`` that of the frame, by which
-        its residual was divided, and ``removed`` what a map took from the frame, divided alike.
+        ``of_reference`` is the fraction of the variance that is the reference's, ``frame_gain`` the gain of the frame,
+        by which its residual was divided, and ``removed`` what a map took from the frame, divided alike. Frames were
+        divided by the ``response`` of the pixels, as given: offsets are in counts before that.
         """
         counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
-        without_map = counted if removed is None else np.where(kept, residual + removed, 0)
-        rows, columns = _line_means(without_map, kept)
-        fine = _high_pass(without_map - rows - columns, kept)
+        without_map = np.where(kept, residual + removed, 0)
+        fine = _high_pass(without_map, kept)
+        rows, columns = _line_means(without_map * response, kept)
+        lineless = _high_pass(without_map - (rows + columns) / response, kept)
+        lines, unit = np.concatenate([rows[:, 0], columns[0]]), kept / np.float32(frame_gain) / response
         self.residual += counted
         self.fine += fine
         self.squares += counted**2
         self.fine_squares += fine**2
+        self.lineless += lineless
+        self.lineless_squares += lineless**2
         self.close_squares += _sum_around(counted, _CLOSE) ** 2
         self.signal += predicted
         self.signal_squares += predicted**2
@@ -120,10 +131,12 @@ class DetectorSums:
         of_noise = np.where(kept, variance, 0)
         self.noise += of_noise
         self.of_reference += of_reference * of_noise
-        self.of_offset += kept / np.float32(gain)
-        self.of_offset_squares += kept / np.float32(gain**2)
-        self.lines.append(np.concatenate([rows[:, 0], columns[0]]))
-        self.inverse_gains.append(1 / gain)
+        self.of_offset += unit
+        self.of_offset_squares += unit**2
+        self.lines += [lines, lines**2]
+        self.frames += 1
+        self.inverse_gains += 1 / frame_gain
+        self.inverse_gains_squares += 1 / frame_gain**2
 
 
 def _line_means(image: Image, kept: Mask) -> tuple[Image, Image]:
@@ -147,7 +160,7 @@ class Spread(NamedTuple):
 
     gain: float
     offset: float
-    """Corrected counts."""
+    """Counts before the division by a flat."""
     of_lines: float = 0.0
     """That of the offsets of whole rows and columns."""
 
@@ -163,10 +176,12 @@ class DetectorMap(NamedTuple):
     gain: Float32
     """Response of the pixels (y, x), 1 where nothing is known."""
     offset: Float32
-    """What pixels show in excess, corrected counts (y, x), 0 where nothing is known."""
+    """What pixels show in excess, counts before the division by a flat (y, x), 0 where nothing is known."""
     following: Mask
     """True = the pixel follows the pattern."""
     spread: Spread
+    settled: bool = True
+    """False: pixels that do not follow come first, and gains and offsets were not looked for."""
 
     @classmethod
     def without_pattern(cls, following: Mask) -> "DetectorMap":
@@ -175,17 +190,25 @@ class DetectorMap(NamedTuple):
         return cls(zeros + 1, zeros, following, Spread(0, 0))
 
     def beyond(self, before: "DetectorMap", by: float) -> "DetectorMap":
-        """Return a map that differs from this one by so many times what this one differs from the one before."""
-        factor = np.float32(by)
+        """Return a map that differs from this one by so many times what this one differs from the one before.
+
+        Pixels of which either map says nothing stay as they are here.
+        """
         return self._replace(
-            gain=self.gain + factor * (self.gain - before.gain),
-            offset=self.offset + factor * (self.offset - before.offset),
-            spread=Spread(*map(max, self.spread, before.spread)),
+            gain=_beyond(self.gain, before.gain, by, 1.0, self.spread.gain),
+            offset=_beyond(self.offset, before.offset, by, 0.0, np.hypot(self.spread.offset, self.spread.of_lines)),
         )
 
-    def removed_from(self, corrected: Pixels) -> Image:
-        """Return what the correction by this map took from a corrected frame (y, x)."""
-        return np.asarray(corrected * (self.gain - 1) + self.offset)
+    def removed_from(self, corrected: Pixels, response: Pixels | float = 1.0) -> Image:
+        """Return what the correction by this map took from a frame (y, x) that was divided by a response, too."""
+        return np.asarray(corrected * (self.gain - 1) + self.offset / response)
+
+
+def _beyond(now: Float32, before: Float32, by: float, nothing: float, spread: float) -> Float32:
+    """Return what lies beyond two values of each pixel, within 4 deviations of ``nothing``."""
+    reach = np.maximum(4 * spread, np.abs(now - nothing))
+    further = np.clip(now + np.float32(by) * (now - before), nothing - reach, nothing + reach)
+    return np.where((now != nothing) & (before != nothing), further, now).astype(np.float32)
 
 
 def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
@@ -203,14 +226,17 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
     following = _following(sums, valid, usual)
     found = DetectorMap.without_pattern(following)
     if np.count_nonzero(valid & ~following) > _SETTLED * np.count_nonzero(valid):
-        return found
+        return found._replace(settled=False)
     judged &= following
-    lines = _line_offsets(sums)
+    lines = _line_offsets(sums, judged)
+    if lines.any():
+        sums = replace(sums, fine=sums.lineless, fine_squares=sums.lineless_squares)
+        usual = _usual_spread(sums, judged)
     spread = _spread(sums, judged, usual)._replace(of_lines=float(np.sqrt(np.mean(lines**2))))
     if not any(spread):
         return found
     gain, offset = _gains_and_offsets(sums, judged, spread)
-    return found._replace(gain=gain, offset=offset + np.where(valid, lines, 0), spread=spread)
+    return found._replace(gain=gain, offset=offset + lines, spread=spread)
 
 
 def sharp_structure(image: Pixels, mask: Mask) -> Image:
@@ -277,19 +303,28 @@ def _spread(sums: DetectorSums, judged: Mask, usual: Spread) -> Spread:
     return Spread(*map(float, np.sqrt(_non_negative(terms * worth[:, None], products))))
 
 
-def _line_offsets(sums: DetectorSums) -> Float32:
-    """Return the offsets of whole rows and columns, corrected counts (y, x), 0 where not significant (62)."""
-    each, inverse_gains = np.array(sums.lines), np.array(sums.inverse_gains)
-    total, squares, frames = each.sum(axis=0), (each**2).sum(axis=0), len(each)
-    products, possible = total**2 - squares, inverse_gains.sum() ** 2 - (inverse_gains**2).sum()
-    offsets = np.zeros_like(total)
-    for lines in np.split(np.arange(len(total)), [sums.residual.shape[0]]):
+def _line_offsets(sums: DetectorSums, judged: Mask) -> Float32:
+    """Return the offsets of whole rows and columns, counts before the division by a flat (y, x), or 0 (62).
+
+    They are significant, and explain most of what stays on the detector; of gains of lines they do not.
+    """
+    none = np.zeros(sums.residual.shape, np.float32)
+    weight = sums.noise[judged].astype(np.float64) ** -2
+    stays, left = (
+        float(weight @ (total[judged].astype(np.float64) ** 2 - squares[judged]))
+        for total, squares in ((sums.fine, sums.fine_squares), (sums.lineless, sums.lineless_squares))
+    )
+    if left > _LEFT_BY_LINES * stays:
+        return none
+    total, squares = sums.lines[0], sums.lines[1]
+    products, possible = total**2 - squares, sums.inverse_gains**2 - sums.inverse_gains_squares
+    offsets, height = np.zeros(len(total), np.float32), len(none)
+    for lines in (slice(height), slice(height, None)):
         if products[lines].sum() > _SIGNIFICANT * np.sqrt(2 * (squares[lines] ** 2).sum()):
             square = products[lines].mean() / possible
-            error = np.maximum(squares - total**2 / frames, 0)[lines] / inverse_gains.sum() ** 2
-            offsets[lines] = total[lines] / inverse_gains.sum() * square / (square + error)
-    rows, columns = np.split(offsets.astype(np.float32), [sums.residual.shape[0]])
-    return np.asarray(rows[:, None] + columns)
+            error = np.maximum(squares - total**2 / sums.frames, 0)[lines] / sums.inverse_gains**2
+            offsets[lines] = total[lines] / sums.inverse_gains * square / (square + error)
+    return none + offsets[:height, None] + offsets[height:]
 
 
 def _at(pixels: Mask, sums: DetectorSums) -> tuple[Image, Image, Image, Image, Image]:
@@ -301,8 +336,13 @@ def _at(pixels: Mask, sums: DetectorSums) -> tuple[Image, Image, Image, Image, I
 
 
 def _non_negative(terms: Image, values: Image) -> Image:
-    """Return the coefficients ≥ 0 of the sum of terms (k, n) that fits values (n,) best."""
-    return np.asarray(scipy.optimize.nnls(terms @ terms.T, terms @ values)[0])
+    """Return the coefficients ≥ 0 of the sum of two terms (2, n) that fits values (n,) best."""
+    square, product = terms @ terms.T, terms @ values
+    both = np.linalg.lstsq(square, product)[0]
+    if (both >= 0).all():
+        return np.asarray(both)
+    alone = np.divide(product, np.diag(square), out=np.zeros(2), where=np.diag(square) > 0)
+    return np.where(np.arange(2) == np.argmax(alone * product * (alone > 0)), np.maximum(alone, 0), 0)
 
 
 def _gains_and_offsets(sums: DetectorSums, judged: Mask, spread: Spread) -> tuple[Float32, Float32]:
