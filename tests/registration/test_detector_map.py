@@ -144,7 +144,7 @@ class TestWhatIsFound:
 
     @pytest.mark.parametrize("brightness", [(1.0,), (1.0, 0.6)], ids=["steady", "alternating"])
     def test_the_offset_of_each_pixel(self, patterns, brightness):
-        """In counts, whatever the brightness of the frames that the prediction follows."""
+        """Offsets are in counts and do not grow with the brightness of a frame."""
         offset = np.random.default_rng(7).normal(0, 6, SHAPE)
         rng, sums = np.random.default_rng(2), DetectorSums.empty(SHAPE)
         for number, pattern in enumerate(patterns[:FRAMES]):
@@ -249,7 +249,7 @@ class TestReferences:
 
     @pytest.mark.parametrize("spread", [9, 15], ids=["pulling", "locking"])
     def test_offsets_become_part_of_the_dark(self, patterns, shifts, spread):
-        """Stronger ones hold frames where they are, until what their plain mean shows is subtracted."""
+        """Stronger offsets lock all frames to a shift of zero. They are aligned again less their plain mean."""
         offset = 100 + np.random.default_rng(6).normal(0, spread, SHAPE)
         frames = (np.random.default_rng(5).poisson(0.2 * patterns) + offset).round().astype(np.uint16)
         plain, found = make(frames, detector_map=False), make(frames)

@@ -341,7 +341,7 @@ class _Round:
 
     @property
     def has_pattern(self) -> bool:
-        """Whether frames were corrected for a pattern of the detector."""
+        """Whether gains or offsets of the detector were corrected in the frames of this round."""
         return self.fixed is not None and any(self.fixed.spread)
 
     def next_map(self) -> DetectorMap | None:
@@ -349,7 +349,7 @@ class _Round:
         if self.detector is None:
             return None
         found = map_of(self.detector, self.mean.frame_mask)
-        if not found.settled:  # pixels that do not follow come first
+        if not found.settled:  # leave out the pixels that do not follow before gains and offsets are measured
             return (self.fixed or found)._replace(following=found.following, settled=False)
         if self.drift < _LEAST_DRIFT:  # the pattern itself would be taken for the detector's
             found = DetectorMap.without_pattern(found.following)

@@ -140,7 +140,7 @@ class DetectorSums:
 
 
 def _line_means(image: Image, kept: Mask) -> tuple[Image, Image]:
-    """Return the means of an image over its rows (y, 1) and columns (1, x), less that of all; 0 where none counts."""
+    """Return the means over rows (y, 1) and columns (1, x), less the mean of all; 0 for lines without a kept pixel."""
     rest, lines = np.where(kept, image - image.sum() / max(np.count_nonzero(kept), 1), 0), [np.zeros((1, 1))] * 2
     for axis in (1, 0, 1, 0):  # where a block hides parts of lines, rows and columns share something
         step = rest.sum(axis=axis, keepdims=True) / np.maximum(kept.sum(axis=axis, keepdims=True), 1)
@@ -156,7 +156,7 @@ def _sum_around(image: Pixels, side: int) -> Image:
 
 
 class Spread(NamedTuple):
-    """Standard deviations of what pixels have of their own, 0 where none is significant."""
+    """How much gains and offsets differ between pixels: standard deviations, 0 where not significant."""
 
     gain: float
     offset: float
@@ -185,7 +185,7 @@ class DetectorMap(NamedTuple):
 
     @classmethod
     def without_pattern(cls, following: Mask) -> "DetectorMap":
-        """Return a map that only says which pixels follow."""
+        """Return a map without gains and offsets, which only says which pixels follow the pattern."""
         zeros = np.zeros(following.shape, np.float32)
         return cls(zeros + 1, zeros, following, Spread(0, 0))
 
@@ -336,7 +336,7 @@ def _at(pixels: Mask, sums: DetectorSums) -> tuple[Image, Image, Image, Image, I
 
 
 def _non_negative(terms: Image, values: Image) -> Image:
-    """Return the coefficients ≥ 0 of the sum of two terms (2, n) that fits values (n,) best."""
+    """Fit values (n,) by a sum of two terms (2, n) with coefficients ≥ 0, and return these."""
     square, product = terms @ terms.T, terms @ values
     both = np.linalg.lstsq(square, product)[0]
     if (both >= 0).all():
