@@ -56,6 +56,20 @@ def test_a_signal_outside_of_a_command_ends_it_in_words(moment, status, printed,
     assert ended.stderr == (f"{cli._STOPPED}\n" if status == 130 else "")
 
 
+@pytest.mark.parametrize(("lost", "told"), [("stop()", ""), ("1 / 0", "ZeroDivisionError")])
+def test_a_signal_lost_in_the_garbage_collector_needs_no_words(lost, told):
+    code = (
+        "import gc, os, signal; from stillframe import cli\n"
+        "stop = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"gc.callbacks.append(lambda phase, info: {lost} if phase == 'start' else None)\n"
+        "cli.app = lambda: (gc.collect(), gc.callbacks.clear(), print('done'))\ncli.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
+    assert bool(ended.stderr) == bool(told)
+    assert told in ended.stderr
+
+
 @pytest.mark.parametrize("nobody", [">&-", "| true"])
 def test_where_nobody_listens_there_is_no_traceback(nobody):
     ended = subprocess.run(

@@ -34,12 +34,14 @@ P = ParamSpec("P")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _stopping = threading.Event()
-"""Set by the first SIGINT or SIGTERM: an exception alone is lost if it is raised within a destructor."""
+"""Set by the first SIGINT or SIGTERM: an exception alone is lost if it is raised in a destructor or by the garbage
+collector."""
 
 
 def main() -> None:
     """Run the command line."""
     logging.lastResort = None  # warnings of libraries go to the run's log only
+    sys.unraisablehook = _pass_over_interrupts
     _on_signals(_stop)
     try:
         status = _status_of_app()
@@ -91,6 +93,12 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
         os._exit(EXIT_INTERRUPTED)
     _stopping.set()
     raise KeyboardInterrupt
+
+
+def _pass_over_interrupts(lost: "sys.UnraisableHookArgs") -> None:
+    """Print an exception that nothing can catch, but not that of a signal, which ``_stopping`` remembers."""
+    if not (_stopping.is_set() and issubclass(lost.exc_type, KeyboardInterrupt)):
+        sys.__unraisablehook__(lost)
 
 
 def _leave(status: int, _number: int, _frame: FrameType | None) -> None:
