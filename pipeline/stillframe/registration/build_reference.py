@@ -143,14 +143,15 @@ def iterated_reference(
     if not with_map:
         return aligned.reference(asked)
     found = _with_maps(read, aligned, guide)
-    if found.drift < _LEAST_DRIFT or found.whole.used < _ENOUGH * len(usable):
-        found = _unlocked(read, usable, reference, iterations, found) or found
+    used = min(aligned.whole.used, found.whole.used)
+    if found.drift < _LEAST_DRIFT or used < _ENOUGH * len(usable):
+        found = _unlocked(read, usable, reference, iterations, found, used) or found
     made = found.reference(asked)
     return made if found.drift >= _LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
 
 
 def _unlocked(
-    read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: "_Round"
+    read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: "_Round", used: int
 ) -> "_Round | None":
     """Align frames less what their plain mean shows in small features; None where they do not drift much more then.
 
@@ -170,7 +171,7 @@ def _unlocked(
         return None
     found, least = _with_maps(read, aligned, reference), _ENOUGH * len(usable)
     by_a_map = found.fixed is not None and found.fixed.offset is not offset
-    freed = found.drift >= max(_LEAST_DRIFT, _FREED * locked.drift) or locked.whole.used < least <= found.whole.used
+    freed = found.drift >= max(_LEAST_DRIFT, _FREED * locked.drift) or used < least <= found.whole.used
     return found if by_a_map and freed and found.whole.used >= least else None
 
 
