@@ -14,7 +14,8 @@ from stillframe.images.hot_pixels import isolated_pixels, small_holes, with_smal
 from stillframe.images.noise import measure_noise, residual_limit, smooth, variance_of
 from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import RowRuns
-from stillframe.registration.detector_map import DetectorMap, DetectorSums
+from stillframe.registration.detector_map import DetectorMap
+from stillframe.registration.detector_sums import DetectorSums
 from stillframe.registration.estimate import Estimate
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import PreparedReference, prepare
@@ -141,10 +142,8 @@ class AlignedSum:
         small = small_holes(kept) & inside
         hits = mask & ~kept & small
         assert self.detector is not None
-        gain, judged = estimate.gain, mask & modelled & ~hits
-        removed, response = self._removed_from(frame)
-        of_gain = residual / gain, moved, scatter / gain**2  # as if all frames were equally bright
-        self.detector.add(*of_gain, of_reference, judged, gain, removed / gain, response)
+        judged = mask & modelled & ~hits
+        self.detector.add(residual, expected, scatter, of_reference, judged, *self._removed_from(frame))
         return np.where(small, expected, frame), kept | small
 
     def _removed_from(self, frame: Pixels) -> tuple[Image, Pixels | float]:

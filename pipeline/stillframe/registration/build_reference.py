@@ -6,22 +6,18 @@ where the reference is, until the shifts no longer change.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from stillframe.images.arrays import Image, Mask, Pixels
+from stillframe.images.arrays import Mask
 from stillframe.images.noise import texture_of
-from stillframe.images.resample import resample_frames
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
-from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
-from stillframe.registration.detector_map import DetectorMap, DetectorSums, Spread, map_of, sharp_structure
+from stillframe.registration.detector_map import DetectorMap, Spread, sharp_structure
+from stillframe.registration.first_guide import ENOUGH, best_guide
 from stillframe.registration.frame_choice import spread_frames, usable_among
-from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import contrast_of, prepare
 from stillframe.registration.reference import Reference, correction_image, corrections_of
 from stillframe.registration.reference_frames import (
@@ -38,25 +34,14 @@ from stillframe.registration.reference_frames import (
     standing_out,
     unsaturated,
 )
+from stillframe.registration.rounds import LEAST_DRIFT, Round, reference_with_map, rounds_until_still, with_maps
 from stillframe.registration.template_draft import Texture
 from stillframe.registration.templates import smoothing_against
 
-_CONVERGED = 0.1
-"""Rounds end when shifts change by less than this fraction of their error."""
-_ENOUGH = 0.8
-"""Fraction of the usable frames that must be registered with a first guide for no other to be tried."""
-_RECENTRED = 3
-"""How often a guide nearer to the middle of the drift is tried."""
-_LEAST_DRIFT = 1.0
-"""With a smaller rms drift along some direction, pixels, features stay on the same pixels."""
 _FREED = 2.0
 """Frames that a pattern of the detector held drift by so many times more without it."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
-"""Phrase in the history of a reference whose frames drifted by less than :data:`_LEAST_DRIFT`."""
-_MAPS = 6
-"""How often what does not move with the pattern is looked for."""
-_LARGEST_RATIO = 0.8
-"""Largest ratio of a step to the one before, of shifts that approach their limit."""
+"""Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
 
 
 def build_reference(
@@ -129,7 +114,7 @@ def iterated_reference(
     if iterations == 0 or len(indices) < 2:
         return reference
     usable = _usable(read, indices, reference)
-    guide, registered = _best_guide(read, usable, reference)
+    guide, registered = best_guide(read, usable, reference)
     if guide is None or len(registered) < 2:
         warnings.warn(
             f"the {asked} frames of the reference cannot be aligned with one another: each holds too little of "
@@ -142,17 +127,17 @@ def iterated_reference(
         return guide
     if not with_map:
         return aligned.reference(asked)
-    found = _with_maps(read, aligned, guide)
+    found = with_maps(read, aligned, guide)
     used = min(aligned.whole.used, found.whole.used)
-    if found.drift < _LEAST_DRIFT or used < _ENOUGH * len(usable):
+    if found.drift < LEAST_DRIFT or used < ENOUGH * len(usable):
         found = _unlocked(read, usable, reference, iterations, found, used) or found
     made = found.reference(asked)
-    return made if found.drift >= _LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
+    return made if found.drift >= LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
 
 
 def _unlocked(
-    read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: "_Round", used: int
-) -> "_Round | None":
+    read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: Round, used: int
+) -> Round | None:
     """Align frames less what their plain mean shows in small features; None where they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
@@ -160,18 +145,20 @@ def _unlocked(
     """
     fine = sharp_structure(reference.image, reference.frame_mask)
     given = 1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
-    offset = (fine * given).astype(np.float32)
-    start = DetectorMap.without_pattern(reference.frame_mask)._replace(offset=offset, spread=Spread(0.0, 1.0))
-    without = _with_map(reference, start, reference).replace(image=(reference.image - fine).astype(np.float32))
-    guide, registered = _best_guide(read, usable, without)
+    guess = DetectorMap.without_pattern(reference.frame_mask)._replace(
+        offset=(fine * given).astype(np.float32), spread=Spread(0.0, 1.0), guessed=True
+    )
+    without = reference_with_map(reference, guess, reference).replace(image=(reference.image - fine).astype(np.float32))
+    # Of frames that share the guide's pattern most are registered; no other guide helps those that do not move.
+    guide, registered = best_guide(read, usable, without, tries=1)
     if guide is None or len(registered) < 2:
         return None
-    aligned = _rounds(read, usable, registered, guide, iterations, start)
-    if aligned is None or aligned.drift < _LEAST_DRIFT:
+    aligned = _rounds(read, usable, registered, guide, iterations, guess)
+    if aligned is None or aligned.drift < LEAST_DRIFT:
         return None
-    found, least = _with_maps(read, aligned, reference), _ENOUGH * len(usable)
-    by_a_map = found.fixed is not None and found.fixed.offset is not offset
-    freed = found.drift >= max(_LEAST_DRIFT, _FREED * locked.drift) or used < least <= found.whole.used
+    found, least = with_maps(read, aligned, reference), ENOUGH * len(usable)
+    by_a_map = found.corrected_by is not None and not found.corrected_by.guessed
+    freed = found.drift >= max(LEAST_DRIFT, _FREED * locked.drift) or used < least <= found.whole.used
     return found if by_a_map and freed and found.whole.used >= least else None
 
 
@@ -186,93 +173,18 @@ def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[in
     return usable
 
 
-def _guide_of(frame: Pixels, reference: Reference) -> Reference:
-    """Return a reference with the corrected counts of one recorded frame as image."""
-    valid = reference.frame_mask & unsaturated(frame, reference.options.saturation)
-    return reference.replace(image=corrected(frame, reference.corrections), mask=valid)
-
-
-def _best_guide(read: Read, usable: Sequence[int], reference: Reference) -> tuple[Reference | None, list[int]]:
-    """Return the first guide, and the frames that can be registered with it.
-
-    The guide is the frame in the middle of the drift, or the mean of all frames. Single frames come first: they are
-    neither smeared by drift, nor does a jump leave a second image in them. Frames beyond the window of one guide may
-    lie within that of another, which is nearer to the middle of those that were registered.
-    """
-    best: Reference | None = None
-    shifts: dict[int, Image] = {}
-    for guide in _guides(read, usable, reference):
-        of_guide = _shifts(read, usable, guide) if prepare(guide).template else {}
-        if len(of_guide) > len(shifts):
-            best, shifts = guide, of_guide
-        if len(of_guide) >= _ENOUGH * len(usable):
-            break
-    if best is None or best is reference:
-        return best, list(shifts)
-    for _ in range(_RECENTRED):
-        best = _guide_of(read([_middle_of_drift(shifts, reference.max_shift)])[0], reference)
-        if len(shifts) == len(usable):
-            break
-        of_middle = _shifts(read, usable, best) if prepare(best).template else {}
-        if len(of_middle) <= len(shifts):
-            break
-        shifts = of_middle
-    return best, list(shifts)
-
-
-def _middle_of_drift(shifts: dict[int, Image], max_shift: int) -> int:
-    """Return the frame from which most frames can be reached, then most within the search, then the central one."""
-    values = np.array(list(shifts.values()))
-    apart = np.abs(values[:, None] - values).max(axis=2)
-    reached, inside = ((apart <= reach).sum(axis=1) for reach in (2 * max_shift, max_shift))
-    return list(shifts)[int(np.lexsort((apart.sum(axis=1), -inside, -reached))[0])]
-
-
-def _guides(read: Read, usable: Sequence[int], reference: Reference) -> Iterator[Reference]:
-    """Yield the middle, the first and the last frame, then the mean of the unaligned frames."""
-    for index in dict.fromkeys(usable[place * (len(usable) - 1) // 2] for place in (1, 0, 2) if usable):
-        yield _guide_of(read([index])[0], reference)
-    yield reference
-
-
-def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Image]:
-    """Return the shifts of the frames that can be registered with a guide."""
-    matches = {index: match_frames(read([index]), guide)[0] for index in usable}
-    return {index: np.array([match["dy"], match["dx"]]) for index, match in matches.items() if np.isfinite(match["dy"])}
-
-
 def _rounds(
     read: Read,
     usable: Sequence[int],
     registered: Sequence[int],
     guide: Reference,
     iterations: int,
-    fixed: DetectorMap | None = None,
-) -> "_Round | None":
+    corrected_by: DetectorMap | None = None,
+) -> Round | None:
     """Register and average the frames of both halves until the shifts no longer change; None without a mean of both."""
     # Registered frames come first, so that neither half is without them.
     order = [*registered, *(index for index in usable if index not in set(registered))]
-    return _rounds_until_still(read, [order[0::2], order[1::2]], [guide, guide], iterations, fixed)
-
-
-def _with_maps(read: Read, current: "_Round", given: Reference) -> "_Round":
-    """Repeat rounds with gains and offsets of pixels, and without pixels that do not follow the pattern.
-
-    They are looked for as long as that changes much. Frames are corrected by what ``given`` corrects, and the map.
-    """
-    for _ in range(_MAPS):
-        found = current.next_map()
-        if found is None:
-            break
-        guides = [_with_map(half, found, given) for half in _exchanged([half.mean() for half in current.halves])]
-        better = _one_round(read, current.frames, guides, found)
-        if better is None:
-            break
-        still = found.settled and _are_still(current, better)
-        current = better.after(current)
-        if still:
-            break
-    return current
+    return rounds_until_still(read, [order[0::2], order[1::2]], [guide, guide], iterations, corrected_by)
 
 
 def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
@@ -288,149 +200,3 @@ def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
         return said
     words = f"{said.history}; templates are smoothed by {width:g} px, since pixels differ by {texture.deviation:.1%}"
     return said.replace(smoothing=width, history=words)
-
-
-def _with_map(guide: Reference, fixed: DetectorMap, given: Reference) -> Reference:
-    """Return a guide whose frames are corrected by a map, after the dark and flat that are given."""
-    valid = guide.frame_mask & fixed.following
-    dark = fixed.offset if given.dark is None else given.dark + fixed.offset
-    flat = fixed.gain if given.flat is None else given.flat * fixed.gain
-    return guide.replace(
-        dark=dark if fixed.spread.offset or fixed.spread.of_lines else given.dark,
-        flat=flat if fixed.spread.gain else given.flat,
-        frame_mask=valid,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Round:
-    """What a round gave."""
-
-    frames: Sequence[Sequence[int]]
-    """The frames of either half."""
-    halves: Sequence[AlignedSum]
-    detector: DetectorSums | None
-    """Sums over all frames, of a round with a model."""
-    fixed: DetectorMap | None
-    """Map by which frames were corrected."""
-    number: int = 1
-    """How many rounds there were."""
-    step: Image | None = None
-    """Changes of the shifts since the round before, if its map was not taken further."""
-    further: float = 0.0
-    """How many times that step the limit lies beyond these shifts (61); 0: not known."""
-
-    @cached_property
-    def whole(self) -> AlignedSum:
-        return self.halves[0].plus(self.halves[1])
-
-    @cached_property
-    def mean(self) -> Reference:
-        return self.whole.mean()
-
-    @property
-    def shifts(self) -> Image:
-        """Shifts (frame, 2) less the mean shift of their half, whose guide lies at a place of its own."""
-        return np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in self.halves])
-
-    @cached_property
-    def drift(self) -> float:
-        """Standard deviation of the shifts along the direction of least drift, pixels."""
-        # Columns of the detector stay columns while frames move along y.
-        along = np.linalg.eigvalsh(np.cov(self.shifts.T, bias=True))
-        return float(np.sqrt(max(along[0], 0)))
-
-    @property
-    def has_pattern(self) -> bool:
-        """Whether gains or offsets of the detector were corrected in the frames of this round."""
-        return self.fixed is not None and any(self.fixed.spread)
-
-    def next_map(self) -> DetectorMap | None:
-        """Return the map with which frames are to be corrected next; None where nothing stays on the detector."""
-        if self.detector is None:
-            return None
-        found = map_of(self.detector, self.mean.frame_mask)
-        if not found.settled:  # leave out the pixels that do not follow before gains and offsets are measured
-            return (self.fixed or found)._replace(following=found.following, settled=False)
-        if self.drift < _LEAST_DRIFT:  # the pattern itself would be taken for the detector's
-            found = DetectorMap.without_pattern(found.following)
-        if not any(found.spread):
-            return found if self.has_pattern else None
-        return found.beyond(self.fixed, self.further) if self.fixed and self.further else found
-
-    def after(self, last: "_Round") -> "_Round":
-        """Return this round as the one after another, with what their shifts say about the limit (61)."""
-        number = last.number + 1
-        if self.shifts.shape != last.shifts.shape or last.further:
-            return replace(self, number=number)
-        step, before = self.shifts - last.shifts, last.step
-        if before is None or before.shape != step.shape:
-            return replace(self, number=number, step=step)
-        ratio = float(np.clip((step * before).sum() / max((before**2).sum(), 1e-300), 0, _LARGEST_RATIO))
-        return replace(self, number=number, step=step, further=ratio / (1 - ratio))
-
-    def reference(self, asked: int) -> Reference:
-        """Return the mean, of so many frames that were to be aligned, with its history."""
-        history = f"mean of {self.whole.used} of {asked} frames, aligned in {self.number} rounds"
-        spread = self.fixed.spread if self.fixed else Spread(0, 0)
-        found = {
-            f"gains of pixels that differ by {spread.gain:.1%}": spread.gain,
-            f"offsets of pixels that differ by {spread.offset:.3g} counts": spread.offset,
-            f"offsets of rows and columns that differ by {spread.of_lines:.3g} counts": spread.of_lines,
-        }
-        return self.mean.replace(history=", with ".join([history, *(words for words, one in found.items() if one)]))
-
-
-def _rounds_until_still(
-    read: Read,
-    halves: Sequence[Sequence[int]],
-    guides: Sequence[Reference],
-    iterations: int,
-    fixed: DetectorMap | None,
-) -> _Round | None:
-    """Repeat rounds until the shifts no longer change; None where not even one gave a mean of both halves."""
-    last: _Round | None = None
-    for number in range(1, iterations + 1):
-        if last:
-            guides = _exchanged([half.mean() for half in last.halves])
-        current = _one_round(read, halves, guides, fixed, with_model=number > 1)
-        if current is None:
-            break
-        before, last = last, replace(current, number=number)
-        if before and _are_still(before, last):
-            break
-    return last
-
-
-def _are_still(before: _Round, now: _Round) -> bool:
-    """Return whether shifts have hardly changed since the round before."""
-    if before.shifts.shape != now.shifts.shape:
-        return False
-    return bool(np.abs(now.shifts - before.shifts).mean() < _CONVERGED * now.halves[0].sigma)
-
-
-def _one_round(
-    read: Read,
-    halves: Sequence[Sequence[int]],
-    guides: Sequence[Reference],
-    fixed: DetectorMap | None,
-    *,
-    with_model: bool = True,
-) -> _Round | None:
-    """Register and average the frames of both halves; None where one of them has no mean then."""
-    if any(prepare(one).template is None for one in guides):
-        return None
-    detector = DetectorSums.empty(guides[0].shape) if with_model else None
-    sums = [sum_aligned(read, half, one, detector, fixed) for half, one in zip(halves, guides, strict=True)]
-    return _Round(halves, sums, detector, fixed) if all(half.used for half in sums) else None
-
-
-def _exchanged(means: Sequence[Reference]) -> list[Reference]:
-    """Return the guide of each half: the mean of the other half, both at one place."""
-    (match,) = match_frames(means[0].image[None], means[1].uncorrected(), masks=means[0].mask)
-    shift = np.array([match["dy"], match["dx"]])
-    if np.isnan(shift).any():
-        return [means[1], means[0]]
-    (moved,) = resample_frames(means[0].image[None], shift[None], means[0].mask, interpolation="cubic")
-    observed = np.isfinite(moved)
-    return [means[1], means[0].replace(image=np.where(observed, moved, 0), mask=observed)]

@@ -6,7 +6,7 @@ edge or a bad pixel.
 The idea is that of J. R. Kuhn, H. Lin, D. Loranz, PASP 103, 1097 (1991), for flats from displaced images.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +14,10 @@ import scipy.ndimage
 
 from stillframe.images.arrays import Float32, Image, Mask, Pixels
 from stillframe.images.hot_pixels import NORMAL_MEDIAN
+from stillframe.registration.detector_sums import CLOSE, DetectorSums, high_pass, line_means, sum_around
 
-_AROUND = 25
-"""Side of the square, pixels, in which gains are judged relative to each other: wider structure is the pattern's."""
 _LINES_AROUND = 51
 """Number of rows, or columns, over which the mean of lines is taken that the plain mean of frames shows beside them."""
-_CLOSE = 9
-"""Side of the square, pixels, in which weak deviations are summed."""
 _LEAST_SIGNAL = 0.02
 """Least signal of a pixel over all frames, as a fraction of the mean."""
 _LEAST_VISITS = 3.0
@@ -45,116 +42,6 @@ _MOST_LEFT_OUT = 0.3
 """More than this fraction of the pixels that do not follow says that the frames are not as the reference."""
 
 
-@dataclass(eq=False)
-class DetectorSums:
-    """Sums over frames at each pixel of the detector, (y, x), in corrected counts or their squares."""
-
-    residual: Float32
-    """Σ r: frame less what the reference, moved to the frame, predicts; over the frame's gain."""
-    fine: Float32
-    """Σ r′: residual of the frame without a map, less its mean over the surroundings.
-
-    The next map does not depend on the last one then: what that leaves would not show its noise, since the same frames
-    did."""
-    squares: Float32
-    """Σ r²."""
-    fine_squares: Float32
-    """Σ r′²."""
-    lineless: Float32
-    """Σ r″: as r′, but less its means over rows and columns first."""
-    lineless_squares: Float32
-    """Σ r″²."""
-    close_squares: Float32
-    """Σ (sum of r over the closest surroundings)²."""
-    signal: Float32
-    """Σ m: the reference, moved to the frame."""
-    signal_squares: Float32
-    """Σ m²."""
-    products: Float32
-    """Σ r m."""
-    noise: Float32
-    """Σ of the residual's variance, as far as counts and reference explain it."""
-    of_reference: Float32
-    """Σ of the part of that variance that is the reference's."""
-    of_offset: Float32
-    """Σ 1/a over the response: what an offset by one count adds to Σ r, for frames of the gains a."""
-    of_offset_squares: Float32
-    """Sum of the squares."""
-    lines: Image = field(default_factory=lambda: np.zeros((2, 0)))
-    """Sum and sum of squares of the means, over rows and then columns, of the residual without a map, (2, y + x)."""
-    frames: int = 0
-    inverse_gains: float = 0.0
-    """Σ 1/a."""
-    inverse_gains_squares: float = 0.0
-    """Σ 1/a²."""
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int]) -> "DetectorSums":
-        """Return sums over no frame."""
-        sums = cls(*np.zeros((14, *shape), np.float32))
-        sums.lines = np.zeros((2, sum(shape)))
-        return sums
-
-    def add(
-        self,
-        residual: Image,
-        signal: Image,
-        variance: Image,
-        of_reference: float,
-        kept: Mask,
-        frame_gain: float = 1.0,
-        removed: Image | float = 0.0,
-        response: Pixels | float = 1.0,
-    ) -> None:
-        """Add a frame, (y, x) each; pixels that are not kept do not count.
-
-        ``of_reference`` is the fraction of the variance that is the reference's, ``frame_gain`` the gain of the frame,
-        by which its residual was divided, and ``removed`` what a map took from the frame, divided alike. Frames were
-        divided by the ``response`` of the pixels, as given: offsets are in counts before that.
-        """
-        counted, predicted = np.where(kept, residual, 0), np.where(kept, signal, 0)
-        without_map = np.where(kept, residual + removed, 0)
-        fine = _high_pass(without_map, kept)
-        rows, columns = _line_means(without_map * response, kept)
-        lineless = _high_pass(without_map - (rows + columns) / response, kept)
-        lines, unit = np.concatenate([rows[:, 0], columns[0]]), kept / np.float32(frame_gain) / response
-        self.residual += counted
-        self.fine += fine
-        self.squares += counted**2
-        self.fine_squares += fine**2
-        self.lineless += lineless
-        self.lineless_squares += lineless**2
-        self.close_squares += _sum_around(counted, _CLOSE) ** 2
-        self.signal += predicted
-        self.signal_squares += predicted**2
-        self.products += counted * predicted
-        of_noise = np.where(kept, variance, 0)
-        self.noise += of_noise
-        self.of_reference += of_reference * of_noise
-        self.of_offset += unit
-        self.of_offset_squares += unit**2
-        self.lines += [lines, lines**2]
-        self.frames += 1
-        self.inverse_gains += 1 / frame_gain
-        self.inverse_gains_squares += 1 / frame_gain**2
-
-
-def _line_means(image: Image, kept: Mask) -> tuple[Image, Image]:
-    """Return the means over rows (y, 1) and columns (1, x), less the mean of all; 0 for lines without a kept pixel."""
-    rest, lines = np.where(kept, image - image.sum() / max(np.count_nonzero(kept), 1), 0), [np.zeros((1, 1))] * 2
-    for axis in (1, 0, 1, 0):  # where a block hides parts of lines, rows and columns share something
-        step = rest.sum(axis=axis, keepdims=True) / np.maximum(kept.sum(axis=axis, keepdims=True), 1)
-        lines[1 - axis] = lines[1 - axis] + step
-        rest = np.where(kept, rest - step, 0)
-    return lines[0], lines[1]
-
-
-def _sum_around(image: Pixels, side: int) -> Image:
-    """Return the sum over a square around each pixel."""
-    mean = scipy.ndimage.uniform_filter(image, side, mode="constant", output=np.float64)
-    return np.asarray(mean * side**2)
-
-
 class Spread(NamedTuple):
     """How much gains and offsets differ between pixels: standard deviations, 0 where not significant."""
 
@@ -164,7 +51,7 @@ class Spread(NamedTuple):
     of_lines: float = 0.0
     """That of the offsets of whole rows and columns."""
 
-    def variance(self, sums: "DetectorSums") -> Image:
+    def variance(self, sums: DetectorSums) -> Image:
         """Return the variance of Σ r that gains and offsets of pixels cause."""
         of_gain, of_offset = (one.astype(np.float64) for one in (sums.signal, sums.of_offset))
         return (self.gain * of_gain) ** 2 + (self.offset * of_offset) ** 2
@@ -182,6 +69,8 @@ class DetectorMap(NamedTuple):
     spread: Spread
     settled: bool = True
     """False: pixels that do not follow come first, and gains and offsets were not looked for."""
+    guessed: bool = False
+    """True: the offsets were not measured from the drift."""
 
     @classmethod
     def without_pattern(cls, following: Mask) -> "DetectorMap":
@@ -189,14 +78,16 @@ class DetectorMap(NamedTuple):
         zeros = np.zeros(following.shape, np.float32)
         return cls(zeros + 1, zeros, following, Spread(0, 0))
 
-    def beyond(self, before: "DetectorMap", by: float) -> "DetectorMap":
+    def extrapolated(self, before: "DetectorMap", by: float) -> "DetectorMap":
         """Return a map that differs from this one by so many times what this one differs from the one before.
 
         Pixels of which either map says nothing stay as they are here.
         """
         return self._replace(
-            gain=_beyond(self.gain, before.gain, by, 1.0, self.spread.gain),
-            offset=_beyond(self.offset, before.offset, by, 0.0, np.hypot(self.spread.offset, self.spread.of_lines)),
+            gain=_extrapolated(self.gain, before.gain, by, 1.0, self.spread.gain),
+            offset=_extrapolated(
+                self.offset, before.offset, by, 0.0, np.hypot(self.spread.offset, self.spread.of_lines)
+            ),
         )
 
     def removed_from(self, corrected: Pixels, response: Pixels | float = 1.0) -> Image:
@@ -204,11 +95,11 @@ class DetectorMap(NamedTuple):
         return np.asarray(corrected * (self.gain - 1) + self.offset / response)
 
 
-def _beyond(now: Float32, before: Float32, by: float, nothing: float, spread: float) -> Float32:
+def _extrapolated(now: Float32, before: Float32, by: float, nothing: float, spread: float) -> Float32:
     """Return what lies beyond two values of each pixel, within 4 deviations of ``nothing``."""
     reach = np.maximum(4 * spread, np.abs(now - nothing))
-    further = np.clip(now + np.float32(by) * (now - before), nothing - reach, nothing + reach)
-    return np.where((now != nothing) & (before != nothing), further, now).astype(np.float32)
+    limit = np.clip(now + np.float32(by) * (now - before), nothing - reach, nothing + reach)
+    return np.where((now != nothing) & (before != nothing), limit, now).astype(np.float32)
 
 
 def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
@@ -241,17 +132,11 @@ def map_of(sums: DetectorSums, valid: Mask) -> DetectorMap:
 
 def sharp_structure(image: Pixels, mask: Mask) -> Image:
     """Return in what pixels, rows and columns of an image (y, x) differ from their surroundings; 0 where invalid."""
-    lines = _line_means(np.where(mask, image, 0), mask)
-    sharp = _high_pass(image - lines[0] - lines[1], mask)
+    lines = line_means(np.where(mask, image, 0), mask)
+    sharp = high_pass(image - lines[0] - lines[1], mask)
     for axis, one in enumerate(lines):
         sharp = sharp + one - scipy.ndimage.uniform_filter1d(one, _LINES_AROUND, axis=axis)
     return np.where(mask, sharp, 0)
-
-
-def _high_pass(image: Image, mask: Mask) -> Image:
-    """Return an image less its mean over the surroundings in which pixels are judged; 0 where invalid."""
-    kept = np.where(mask, image, 0)
-    return np.where(mask, kept - _sum_around(kept, _AROUND) / np.maximum(_sum_around(mask, _AROUND), 1), 0)
 
 
 def _lit(sums: DetectorSums) -> Mask:
@@ -316,14 +201,14 @@ def _line_offsets(sums: DetectorSums, judged: Mask) -> Float32:
     )
     if left > _LEFT_BY_LINES * stays:
         return none
-    total, squares = sums.lines[0], sums.lines[1]
-    products, possible = total**2 - squares, sums.inverse_gains**2 - sums.inverse_gains_squares
+    total, squares, frames = *sums.lines, sums.frames
+    products, possible = total**2 - squares, frames**2 - frames
     offsets, height = np.zeros(len(total), np.float32), len(none)
     for lines in (slice(height), slice(height, None)):
         if products[lines].sum() > _SIGNIFICANT * np.sqrt(2 * (squares[lines] ** 2).sum()):
             square = products[lines].mean() / possible
-            error = np.maximum(squares - total**2 / sums.frames, 0)[lines] / sums.inverse_gains**2
-            offsets[lines] = total[lines] / sums.inverse_gains * square / (square + error)
+            error = np.maximum(squares - total**2 / frames, 0)[lines] / frames**2
+            offsets[lines] = total[lines] / frames * square / (square + error)
     return none + offsets[:height, None] + offsets[height:]
 
 
@@ -374,7 +259,7 @@ def _following(sums: DetectorSums, valid: Mask, usual: Spread) -> Mask:
     odd = valid & (_differs(sums.residual, error, expected) | _stays(*_changes(sums)))
     rest = valid & ~odd
     total, of_noise, signal, *changes = (
-        _sum_around(np.where(rest, one, 0), _CLOSE) for one in (sums.residual, error, expected, *_changes(sums))
+        sum_around(np.where(rest, one, 0), CLOSE) for one in (sums.residual, error, expected, *_changes(sums))
     )
     scatter = np.maximum(of_noise, sums.close_squares - total**2 / sums.frames)
     odd |= rest & (_differs(total, scatter, signal) | _stays(*changes))
