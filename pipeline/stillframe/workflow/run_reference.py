@@ -125,9 +125,9 @@ def _check_not_inverted(mask: Mask) -> None:
 
 
 def _refuse_without_fit(reference: Reference, source: FrameSource, made_of: Sequence[int], *, masked: bool) -> None:
-    """Raise ``ValueError`` if of some frames that are spread over the stack hardly any with beam fits the reference.
+    """Raise ``ValueError`` if hardly any frame with beam fits the reference; tried are some, spread over the stack.
 
-    The frames that it is made of always fit. They are tried only if there are fewer than four others.
+    The frames that the reference is made of always fit. They are tried only if there are fewer than four others.
     """
     reader = _Reader(source, quiet=True)
     fits = usable = 0
