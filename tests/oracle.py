@@ -250,7 +250,10 @@ class Oracle:
         meat[:2, :2] += a**2 * np.einsum("klij,i,j->kl", self.wander(), (y, x), (y, x))
         bread = np.linalg.inv(-scipy.optimize.approx_fprime(parameters, lacking, 1e-6))
         apart = max(np.sum(r * self.far(r)) / n, 0)
-        unexplained = max(self.local(r) / share, 0)
+        mismatches = [
+            unexplained / (unexplained + a**2 * structure)
+            for unexplained, structure in zip(np.maximum(self.local(r) / share, 0), self.structures(), strict=True)
+        ]
         inflation = self.inflation(r, apart, np.mean(r[kept] ** 2))
         return Result(
             shift=np.add(start, (y, x)),
@@ -258,7 +261,7 @@ class Oracle:
             gain=a,
             offset=b,
             variance=own,
-            mismatch=unexplained / (unexplained + a**2 * self.structure()),
+            mismatch=min(mismatches),
             significance=a / np.sqrt((bread @ meat @ bread.T * inflation)[2, 2]),
             outliers=np.count_nonzero(self.support & ~kept),
             inflation=inflation,
@@ -333,18 +336,19 @@ class Oracle:
     def local(self, image):
         """A of (39)."""
         apart, far = self.products_of_pairs(image)
-        return apart - far * self.has_features()
+        return np.array([apart - far, apart])[: 1 + self.is_smooth()]
 
-    def has_features(self):
-        """Whether the reference has structure that is not smooth, (39)."""
+    def is_smooth(self):
+        """Whether the reference may have nothing but smooth structure, (39)."""
         apart, far = self.products_of_pairs(self.standardized())
-        return apart - far > 0.03 * apart
+        return bool(apart - far <= 0.03 * apart)
 
     def standardized(self):
         """ρ of (39)."""
         known, weights = self.bins(self.image), self.support / self.v
         return self.support * (known - np.sum(known * weights) / weights.sum()) / np.sqrt(self.v)
 
-    def structure(self):
-        """E of (39)."""
-        return self.local(self.standardized())
+    def structures(self):
+        """E of (39), and C_A(ρ) where the reference may be smooth."""
+        apart, _ = self.products_of_pairs(self.standardized())
+        return np.maximum(self.local(self.standardized()), 0.03 * apart)

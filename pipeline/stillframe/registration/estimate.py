@@ -11,7 +11,7 @@ from stillframe.images.arrays import Image, Shift
 from stillframe.images.binning import SingleFrame
 from stillframe.registration.bin_pass import NEAR_PAIRS, PassSums
 from stillframe.registration.equations import Solution
-from stillframe.registration.templates import Template
+from stillframe.registration.templates import LocalStructure, Template
 
 _LEAST_OWN_SCATTER = 0.1
 """A frame with a smaller fraction of scatter of its own is part of the reference and shares its noise."""
@@ -51,15 +51,14 @@ def estimate_of(
 
     ``start`` and ``product`` are those of the frame that was moved.
     """
-    parameters, used, gain = solution.parameters, solution.used, solution.parameters.gain
+    parameters, gain = solution.parameters, solution.parameters.gain
     covariance = _covariance(solution, template)
     if not np.isfinite(covariance).all():
         return None
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
-    sums, local = solution.sums, template.local
-    square, unexplained = sums.squares / used, max(local.of(sums.apart, sums.far, used), 0.0)
-    structure = unexplained + gain**2 * local.amount
-    deviation_of_noise = square * np.sqrt(sum(1 / share for share in local.partners if share) / used)
+    mismatch, mismatch_significance = map(
+        min, zip(*(_mismatch(solution, one) for one in template.structures), strict=True)
+    )
     return Estimate(
         shift=np.array(start) + parameters.shift,
         covariance=covariance[:2, :2],
@@ -67,10 +66,22 @@ def estimate_of(
         offset=parameters.offset * frame.scale + frame.origin,
         variance=parameters.variance * frame.scale**2,
         significance=gain / deviation if deviation > 0 else np.inf,
-        mismatch=unexplained / structure if structure > 0 else 0.0,
-        mismatch_significance=unexplained / deviation_of_noise if square > 0 else 0.0,
+        mismatch=mismatch,
+        mismatch_significance=mismatch_significance,
         start=start,
         product=product,
+    )
+
+
+def _mismatch(solution: Solution, reference: LocalStructure) -> tuple[float, float]:
+    """Return the fraction of a frame's structure that is left unexplained, and its significance (40)."""
+    sums, used, gain = solution.sums, solution.used, solution.parameters.gain
+    square, unexplained = sums.squares / used, max(reference.of(sums.apart, sums.far, used), 0.0)
+    structure = unexplained + gain**2 * reference.amount
+    deviation_of_noise = square * np.sqrt(sum(1 / share for share in reference.partners if share) / used)
+    return (
+        unexplained / structure if structure > 0 else 0.0,
+        float(unexplained / deviation_of_noise) if square > 0 else 0.0,
     )
 
 

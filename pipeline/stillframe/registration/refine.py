@@ -138,7 +138,7 @@ class _Problem(NamedTuple):
             self.hidden[key] = hidden_bins(bins.whole, *fields)
         beta = reference_noise_in_residuals(parameters.shift, template.side)
         prediction = _prediction(parameters, beta, template)
-        sums = bin_pass(bins.means, bins.whole, *fields, template.local.distances, prediction)
+        sums = bin_pass(bins.means, bins.whole, *fields, template.structures[0].distances, prediction)
         sums = sums._replace(omitted=sums.omitted.plus(self.hidden[key]))
         if support.count - sums.omitted.number < min(LEAST_BINS, support.count // 2 + 1):
             return None

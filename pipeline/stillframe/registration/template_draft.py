@@ -195,7 +195,7 @@ class Draft:
         return self._shift_templates @ np.stack(slopes).T - shared, shared
 
     def _shared_curvature(self, noise: Image) -> Image:
-        """Return the part of the curvatures, (2, 2), that comes from noise of this variance in templates and reference."""
+        """Return the part of the curvatures (2, 2) that comes from such noise in templates and reference."""
         shared, beside = np.zeros((4, SIZE, SIZE)), [(1, 0), (-1, 0), (0, 1), (0, -1)]
         shared[:, *np.transpose(beside) + REACH] = self.shared_noise(self.support, beside, noise)
         return curvature(shared)

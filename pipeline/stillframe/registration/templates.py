@@ -36,7 +36,7 @@ _APART = 3
 _FAR, _FAR_WIDTHS = 12, 6
 """Pixels this far apart, or this many widths of the templates' Gaussian, share only what is smooth."""
 _LEAST_LOCAL = 0.03
-"""With a smaller fraction of its structure in features, the smooth structure of a reference counts as well."""
+"""At least this fraction of a reference's structure counts as local: a glow's curvature leaves about as much."""
 _LARGEST_UNBINNED = 2**21
 """Larger images, in pixels, have bins of at least two pixels' side; else templates would need most of the memory."""
 _SAMPLED_BINS = 20_000
@@ -155,7 +155,8 @@ class Template:
     """Side of the squares in which templates do not respond to local changes, pixels; 0 for none."""
     common: Image
     """Covariance (2, 2), px², of the common offset of all frames that the reference's noise causes (37)."""
-    local: "LocalStructure"
+    structures: "tuple[LocalStructure, ...]"
+    """What a frame's residuals are compared with: all of these must say that they are too much."""
     sharpest: float
     """Inverse standard deviation of a bin with twice the least variance; the background of others may be empty."""
 
@@ -234,7 +235,7 @@ def _template(square: int, draft: Draft, noise: Noise, level: float) -> Template
         smoothing=draft.smoothed.width,
         square=square,
         common=inverse @ whole.products[:2, :2] @ inverse.T,
-        local=_local_structure(draft.at(0, 0), draft),
+        structures=_structures(draft.at(0, 0), draft),
         sharpest=1 / np.sqrt(2 * draft.variance[support].min()) if noise.gain > 0 else np.inf,
     )
 
@@ -286,9 +287,10 @@ def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
     return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)
 
 
-def _local_structure(image: Image, draft: Draft) -> LocalStructure:
+def _structures(image: Image, draft: Draft) -> tuple[LocalStructure, ...]:
     """Return the local structure (39) of an image in bins, to which noise adds nothing.
 
+    Where the image is smooth itself, all of its structure follows.
     That holds also for noise of whole rows or columns, as the two bins of a pair differ in both.
     """
     support, variance, side = draft.support, draft.variance, draft.side
@@ -300,12 +302,12 @@ def _local_structure(image: Image, draft: Draft) -> LocalStructure:
     apart, far = (_pairs(standardized, distances.apart, step) for step in distances)
     of_apart, of_far = (_pairs(support.astype(np.float64), distances.apart, step) / count for step in distances)
     if not of_apart:
-        return LocalStructure(distances, (1.0, 0.0), 0.0)
+        return (LocalStructure(distances, (1.0, 0.0), 0.0),)
     both, all_structure = ((of_apart, of_far), (of_apart, 0.0))
     found, smooth_too = (LocalStructure(distances, one, 0.0).of(apart, far, count) for one in (both, all_structure))
-    if found > _LEAST_LOCAL * smooth_too:
-        return LocalStructure(distances, both, found)
-    return LocalStructure(distances, all_structure, smooth_too)
+    least = _LEAST_LOCAL * smooth_too
+    local = LocalStructure(distances, both, max(found, least))
+    return (local,) if found > least else (local, LocalStructure(distances, all_structure, smooth_too))
 
 
 def _pairs(image: Image, down: int, across: int) -> float:
