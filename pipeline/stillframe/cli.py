@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ParamSpec, get_args
+from typing import Annotated, Any, NoReturn, ParamSpec, get_args
 
 import typer
 from pydantic.fields import FieldInfo
@@ -36,12 +36,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _stopping = threading.Event()
 """Set by the first SIGINT or SIGTERM: an exception alone is lost if it is raised in a destructor or by the garbage
 collector."""
+_heeded = threading.Event()
+"""Set by commands that ask for ``_stopping`` again and again."""
 
 
 def main() -> None:
     """Run the command line."""
     logging.lastResort = None  # warnings of libraries go to the run's log only
-    sys.unraisablehook = _pass_over_interrupts
+    sys.unraisablehook = _on_lost_exception
     _on_signals(_stop)
     try:
         status = _status_of_app()
@@ -89,16 +91,28 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 def _stop(_number: int, _frame: FrameType | None) -> None:
     """Raise ``KeyboardInterrupt`` at the first SIGINT or SIGTERM; exit at once at the second, which loses no work."""
     if _stopping.is_set():
-        os.write(2, f"{_STOPPED}\n".encode())
-        os._exit(EXIT_INTERRUPTED)
+        _exit_at_once()
     _stopping.set()
     raise KeyboardInterrupt
 
 
-def _pass_over_interrupts(lost: "sys.UnraisableHookArgs") -> None:
-    """Print an exception that nothing can catch, but not that of a signal, which ``_stopping`` remembers."""
+def _exit_at_once() -> NoReturn:
+    os.write(2, f"{_STOPPED}\n".encode())
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _stop_event() -> threading.Event:
+    """Return the event for a command that asks for it again and again, and stops when it is set."""
+    _heeded.set()
+    return _stopping
+
+
+def _on_lost_exception(lost: "sys.UnraisableHookArgs") -> None:
+    """Print an exception that nothing can catch; exit if it is that of a signal, which the command would not notice."""
     if not (_stopping.is_set() and issubclass(lost.exc_type, KeyboardInterrupt)):
         sys.__unraisablehook__(lost)
+    elif not _heeded.is_set():
+        _exit_at_once()
 
 
 def _leave(status: int, _number: int, _frame: FrameType | None) -> None:
@@ -174,7 +188,7 @@ def run(
         return
     from stillframe.workflow.driver import run as run_batch
 
-    _report(run_batch(settings, follow=follow, stop=_stopping))
+    _report(run_batch(settings, follow=follow, stop=_stop_event()))
 
 
 def _run_part(settings: Settings, shard: str, follow: bool) -> None:
@@ -183,7 +197,7 @@ def _run_part(settings: Settings, shard: str, follow: bool) -> None:
 
     if follow:
         raise ValueError("--follow and --shard do not go together: parts are cut from a stack that is complete.")
-    result = run_part(settings, Share.parse(shard), stop=_stopping)
+    result = run_part(settings, Share.parse(shard), stop=_stop_event())
     out.print(
         f"part {result.share}: {result.frames} frames. When all parts are done: stillframe gather {result.folder}"
     )
@@ -196,7 +210,7 @@ def gather(folder: Annotated[Path, typer.Argument(help="Folder of a run in parts
     """Put together the results of 'run --shard', when all parts are done."""
     from stillframe.workflow.parts import gather as gather_parts
 
-    _report(gather_parts(folder, stop=_stopping))
+    _report(gather_parts(folder, stop=_stop_event()))
 
 
 @command
@@ -222,7 +236,7 @@ def plan(
     from stillframe.console import print_forecast
     from stillframe.workflow.forecast import forecast
 
-    if not print_forecast(forecast(settings, pilot=pilot, stop=_stopping), settings.out, out):
+    if not print_forecast(forecast(settings, pilot=pilot, stop=_stop_event()), settings.out, out):
         raise typer.Exit(EXIT_REFUSED)
 
 
@@ -252,7 +266,7 @@ def verify(
     if not repair:
         out.print(f"To redo damaged units, and nothing else: stillframe verify --repair {folder}", markup=False)
         raise typer.Exit(EXIT_PROBLEMS)
-    _report(repair_folder(checked, lambda settings: run_batch(settings, stop=_stopping)))
+    _report(repair_folder(checked, lambda settings: run_batch(settings, stop=_stop_event())))
     if verify_folder(folder).findings:
         raise typer.Exit(EXIT_PROBLEMS)
 
