@@ -12,7 +12,7 @@ START = np.random.default_rng(2).normal(0, 1, (8, 2))
 
 
 def round_of(shifts):
-    halves = [SimpleNamespace(shifts=half) for half in np.split(shifts, 2)]
+    halves = [SimpleNamespace(shifts=half, numbers=list(range(len(half)))) for half in np.split(shifts, 2)]
     return Round([range(4), range(4, 8)], halves, None, None)
 
 

@@ -13,7 +13,9 @@ A frame, step by step (:mod:`.match` calls the steps, METHOD.md derives the numb
    from the peak, :mod:`.coarse_search` peaks near its border); :mod:`.matches` the record of a frame.
 
 :mod:`.build_reference` makes a reference of frames, which :mod:`.reference_frames` and :mod:`.frame_choice` select:
-:mod:`.aligned_sum` averages them, :mod:`.detector_map` finds what does not move with the pattern.
+:mod:`.first_guide` chooses one with which others can be registered, :mod:`.rounds` aligns them again and again,
+:mod:`.aligned_sum` averages them, :mod:`.detector_map` finds what does not move with the pattern, from the sums in
+:mod:`.detector_sums`.
 :mod:`.masked_ncc` is the plain masked NCC of any two images. May import ``images`` and the ground files (``errors``,
 ``flags`` … directly in the package).
 """

@@ -48,7 +48,7 @@ class AlignedSum:
     detector: DetectorSums | None
     """Sums over the frames where they were recorded, of both halves; None without a model."""
     corrected_by: DetectorMap | None
-    """Map with which the guide corrects frames; those sums are without it."""
+    """Map with which the guide corrects frames; of those sums, Σ r′, Σ r″ and lines are without it."""
     total: Image
     """Sum of the aligned frames less their offsets (y, x)."""
     gains: Image
@@ -60,6 +60,10 @@ class AlignedSum:
     gain_of_highest: Image
     """Gain of the frame that it is of."""
     estimates: list[Estimate] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Of each estimate, which of the added frames it is of."""
+    added: int = 0
+    """Number of frames that were added, also those without a shift."""
 
     @property
     def used(self) -> int:
@@ -92,6 +96,7 @@ class AlignedSum:
 
     def add(self, frame: Pixels) -> None:
         """Align a frame and add its pixels that are no outliers; a frame without a shift is left out."""
+        self.added += 1
         (match,) = match_frames(frame[None], self.guide)
         if np.isnan(match["dy"]):
             return
@@ -115,6 +120,7 @@ class AlignedSum:
         self.gains[observed] += estimate.gain
         self.counts[observed] += 1
         self.estimates.append(estimate)
+        self.numbers.append(self.added)
 
     def _without_outliers(self, frame: Pixels, below: Mask, estimate: Estimate) -> tuple[Pixels, Mask]:
         """Return a frame and its valid pixels, those left out that the model, moved to the frame, cannot explain.
@@ -178,8 +184,8 @@ def sum_aligned(
 ) -> AlignedSum:
     """Align frames with a guide and sum them.
 
-    If ``detector`` is given, the frames are added to it, without the map in ``corrected_by``, and pixels that the guide
-    cannot explain are left out.
+    If ``detector`` is given, the frames are added to it, and pixels that the guide cannot explain are left out.
+    ``corrected_by`` is the map with which the guide corrects frames.
     """
     prepared = prepare(guide)
     assert prepared.template is not None

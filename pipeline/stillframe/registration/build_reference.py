@@ -1,8 +1,8 @@
 """The image of a reference: one frame, a mean of frames, or a mean of frames that were repeatedly aligned.
 
 The story of :func:`iterated_reference`: sort out unusable frames, choose a first guide with which most others can be
-registered, then in each round register the frames of either half with the mean of the other half and average them
-where the reference is, until the shifts no longer change.
+registered (:mod:`~.first_guide`), then in each round register the frames of either half with the mean of the other half
+and average them where the reference is, until the shifts no longer change (:mod:`~.rounds`).
 """
 
 import warnings
@@ -149,17 +149,15 @@ def _unlocked(
         offset=(fine * given).astype(np.float32), spread=Spread(0.0, 1.0), guessed=True
     )
     without = reference_with_map(reference, guess, reference).replace(image=(reference.image - fine).astype(np.float32))
-    # Of frames that share the guide's pattern most are registered; no other guide helps those that do not move.
-    guide, registered = best_guide(read, usable, without, tries=1)
+    guide, registered = best_guide(read, usable, without)
     if guide is None or len(registered) < 2:
         return None
     aligned = _rounds(read, usable, registered, guide, iterations, guess)
     if aligned is None or aligned.drift < LEAST_DRIFT:
         return None
     found, least = with_maps(read, aligned, reference), ENOUGH * len(usable)
-    by_a_map = found.corrected_by is not None and not found.corrected_by.guessed
-    freed = found.drift >= max(LEAST_DRIFT, _FREED * locked.drift) or used < least <= found.whole.used
-    return found if by_a_map and freed and found.whole.used >= least else None
+    freed = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
+    return found if found.has_pattern and freed and found.whole.used >= least else None
 
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:

@@ -149,7 +149,7 @@ def _visited(sums: DetectorSums) -> Mask:
     """Return True where several frames count, by the signal where there is one."""
     signal = sums.signal.astype(np.float64)
     offset = sums.of_offset.astype(np.float64)
-    by_signal, by_offset = signal**2 / _LEAST_VISITS, offset**2 / _LEAST_VISITS
+    by_signal, by_offset = signal**2 / _LEAST_VISITS, offset**2 / (0.99 * _LEAST_VISITS)
     several = np.where(_lit(sums), by_signal >= sums.signal_squares, by_offset >= sums.of_offset_squares)
     return np.asarray(several & (sums.noise > 0))
 

@@ -47,7 +47,7 @@ class DetectorSums:
     of_offset: Float32
     """Σ 1/F: what an offset by one count adds to Σ r, for pixels of the response F."""
     of_offset_squares: Float32
-    """Sum of the squares."""
+    """Σ 1/F²."""
     lines: Image = field(default_factory=lambda: np.zeros((2, 0)))
     """Sum and sum of squares of the means, over rows and then columns, of the residual without a map, (2, y + x)."""
     frames: int = 0

@@ -56,9 +56,8 @@ def estimate_of(
     if not np.isfinite(covariance).all():
         return None
     deviation = float(np.sqrt(max(covariance[2, 2], 0)))
-    mismatch, mismatch_significance = map(
-        min, zip(*(_mismatch(solution, one) for one in template.structures), strict=True)
-    )
+    mismatches = [_mismatch(solution, one) for one in template.structures]
+    mismatch, mismatch_significance = map(min, zip(*mismatches, strict=True))
     return Estimate(
         shift=np.array(start) + parameters.shift,
         covariance=covariance[:2, :2],

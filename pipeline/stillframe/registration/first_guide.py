@@ -1,7 +1,6 @@
 """The first guide of a reference: an image with which most of its frames can be registered."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 
@@ -17,12 +16,8 @@ _RECENTRED = 3
 """How often a guide nearer to the middle of the drift is tried."""
 
 
-def best_guide(
-    read: Read, usable: Sequence[int], reference: Reference, tries: int | None = None
-) -> tuple[Reference | None, list[int]]:
+def best_guide(read: Read, usable: Sequence[int], reference: Reference) -> tuple[Reference | None, list[int]]:
     """Return the first guide, and the frames that can be registered with it.
-
-    At most so many ``tries`` are made, or all.
 
     The guide is the frame in the middle of the drift, or the mean of all frames. Single frames come first: they are
     neither smeared by drift, nor does a jump leave a second image in them. Frames beyond the window of one guide may
@@ -30,7 +25,7 @@ def best_guide(
     """
     best: Reference | None = None
     shifts: dict[int, Image] = {}
-    for guide in islice(_guides(read, usable, reference), tries):
+    for guide in _guides(read, usable, reference):
         of_guide = _shifts(read, usable, guide) if prepare(guide).template else {}
         if len(of_guide) > len(shifts):
             best, shifts = guide, of_guide
@@ -38,15 +33,25 @@ def best_guide(
             break
     if best is None or best is reference:
         return best, list(shifts)
+    return _recentred(read, usable, reference, best, shifts)
+
+
+def _recentred(
+    read: Read, usable: Sequence[int], reference: Reference, guide: Reference, shifts: dict[int, Image]
+) -> tuple[Reference, list[int]]:
+    """Return a guide nearer to the middle of the drift, if as many frames can be registered with it, and these."""
     for _ in range(_RECENTRED):
-        best = _guide_of(read([_middle_of_drift(shifts, reference.max_shift)])[0], reference)
+        middle = _guide_of(read([_middle_of_drift(shifts, reference.max_shift)])[0], reference)
         if len(shifts) == len(usable):
+            return middle, list(shifts)
+        of_middle = _shifts(read, usable, middle) if prepare(middle).template else {}
+        if len(of_middle) < len(shifts):
             break
-        of_middle = _shifts(read, usable, best) if prepare(best).template else {}
-        if len(of_middle) <= len(shifts):
+        more = len(of_middle) > len(shifts)
+        guide, shifts = middle, of_middle
+        if not more:
             break
-        shifts = of_middle
-    return best, list(shifts)
+    return guide, list(shifts)
 
 
 def _guide_of(frame: Pixels, reference: Reference) -> Reference:

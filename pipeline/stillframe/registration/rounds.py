@@ -15,6 +15,7 @@ from stillframe.images.resample import resample_frames
 from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
 from stillframe.registration.detector_map import DetectorMap, Spread, map_of
 from stillframe.registration.detector_sums import DetectorSums
+from stillframe.registration.first_guide import ENOUGH
 from stillframe.registration.match import match_frames
 from stillframe.registration.prepared_reference import prepare
 from stillframe.registration.reference import Reference
@@ -63,6 +64,11 @@ class Round:
         """Shifts (frame, 2) less the mean shift of their half, whose guide lies at a place of its own."""
         return np.concatenate([half.shifts - half.shifts.mean(axis=0) for half in self.halves])
 
+    @property
+    def registered(self) -> list[list[int]]:
+        """Numbers of the frames of either half that these shifts are of."""
+        return [half.numbers for half in self.halves]
+
     @cached_property
     def drift(self) -> float:
         """Standard deviation of the shifts along the direction of least drift, pixels."""
@@ -72,13 +78,19 @@ class Round:
 
     @property
     def has_pattern(self) -> bool:
-        """Whether gains or offsets of the detector were corrected in the frames of this round."""
-        return self.corrected_by is not None and any(self.corrected_by.spread)
+        """Whether gains or offsets that the drift showed were corrected in the frames of this round."""
+        return any(self._measured)
 
     @property
     def has_offsets(self) -> bool:
-        """Whether offsets were."""
-        return self.corrected_by is not None and any(self.corrected_by.spread[1:])
+        """Whether offsets that the drift showed were corrected in the frames of this round."""
+        return any(self._measured[1:])
+
+    @property
+    def _measured(self) -> Spread:
+        if self.corrected_by is None or self.corrected_by.guessed:
+            return Spread(0, 0)
+        return self.corrected_by.spread
 
     def next_map(self) -> DetectorMap | None:
         """Return the map with which frames are to be corrected next; None where nothing stays on the detector."""
@@ -90,16 +102,19 @@ class Round:
         if self.drift < LEAST_DRIFT:  # the pattern itself would be taken for the detector's
             found = DetectorMap.without_pattern(found.following)
         if not any(found.spread):
-            return found if self.has_pattern else None
-        return found.extrapolated(self.corrected_by, self.to_limit) if self.corrected_by and self.to_limit else found
+            return found if self.corrected_by is not None and any(self.corrected_by.spread) else None
+        last = self.corrected_by
+        if last is None or last.guessed or not last.settled or not self.to_limit:
+            return found
+        return found.extrapolated(last, self.to_limit)
 
     def after(self, last: "Round") -> "Round":
         """Return this round as the one after another, with what their shifts say about the limit (61)."""
         number = last.number + 1
-        if self.shifts.shape != last.shifts.shape or last.to_limit:
+        if self.registered != last.registered or last.to_limit:
             return replace(self, number=number)
         step, before = self.shifts - last.shifts, last.step
-        if before is None or before.shape != step.shape:
+        if before is None:
             return replace(self, number=number, step=step)
         ratio = float(np.clip((step * before).sum() / max((before**2).sum(), 1e-300), 0, _LARGEST_RATIO))
         return replace(self, number=number, step=step, to_limit=ratio / (1 - ratio))
@@ -155,7 +170,7 @@ def _one_round(
 
 def _are_still(before: Round, now: Round) -> bool:
     """Return whether shifts have hardly changed since the round before."""
-    if before.shifts.shape != now.shifts.shape:
+    if before.registered != now.registered:
         return False
     return bool(np.abs(now.shifts - before.shifts).mean() < _CONVERGED * now.halves[0].sigma)
 
@@ -186,7 +201,7 @@ def with_maps(read: Read, current: Round, given: Reference) -> Round:
             reference_with_map(half, found, given) for half in _exchanged([half.mean() for half in current.halves])
         ]
         better = _one_round(read, current.frames, guides, found)
-        if better is None:
+        if better is None or better.whole.used < ENOUGH * current.whole.used:
             break
         still = found.settled and _are_still(current, better)
         current = better.after(current)
