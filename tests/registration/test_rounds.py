@@ -1,4 +1,4 @@
-"""What rounds say about the drift of their frames, and about the limit that shifts approach."""
+"""The drift that a round reports, and the limit of the shifts that rounds predict."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def round_of(shifts):
 
 
 def approaching(ratio, rounds=3):
-    """Rounds whose shifts come nearer to their limit by the same factor each time."""
+    """Rounds in which the distance of the shifts from their limit shrinks by the same factor each time."""
     return [round_of(LIMIT + START * ratio**number) for number in range(rounds)]
 
 

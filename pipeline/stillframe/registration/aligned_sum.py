@@ -61,7 +61,7 @@ class AlignedSum:
     """Gain of the frame that it is of."""
     estimates: list[Estimate] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    """Of each estimate, which of the added frames it is of."""
+    """For each estimate, the place of its frame among those that were added, from 1."""
     added: int = 0
     """Number of frames that were added, also those without a shift."""
 
@@ -82,8 +82,15 @@ class AlignedSum:
 
     def plus(self, other: "AlignedSum") -> "AlignedSum":
         """Return the sum of the frames of both."""
-        total, gains, counts = self.total + other.total, self.gains + other.gains, self.counts + other.counts
-        return replace(self, total=total, gains=gains, counts=counts, estimates=self.estimates + other.estimates)
+        return replace(
+            self,
+            total=self.total + other.total,
+            gains=self.gains + other.gains,
+            counts=self.counts + other.counts,
+            estimates=self.estimates + other.estimates,
+            numbers=[*self.numbers, *(self.added + number for number in other.numbers)],
+            added=self.added + other.added,
+        )
 
     def without_highest(self) -> "AlignedSum":
         """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""

@@ -74,7 +74,7 @@ class DetectorMap(NamedTuple):
 
     @classmethod
     def without_pattern(cls, following: Mask) -> "DetectorMap":
-        """Return a map without gains and offsets, which only says which pixels follow the pattern."""
+        """Return a map without gains and offsets: it only marks the pixels that follow the pattern."""
         zeros = np.zeros(following.shape, np.float32)
         return cls(zeros + 1, zeros, following, Spread(0, 0))
 
@@ -221,7 +221,7 @@ def _at(pixels: Mask, sums: DetectorSums) -> tuple[Image, Image, Image, Image, I
 
 
 def _non_negative(terms: Image, values: Image) -> Image:
-    """Fit values (n,) by a sum of two terms (2, n) with coefficients ≥ 0, and return these."""
+    """Fit values (n,) by a weighted sum of two terms (2, n), and return the two weights, which are not negative."""
     square, product = terms @ terms.T, terms @ values
     both = np.linalg.lstsq(square, product)[0]
     if (both >= 0).all():

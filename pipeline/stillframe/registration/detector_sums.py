@@ -69,7 +69,7 @@ class DetectorSums:
         removed: Image | float = 0.0,
         response: Pixels | float = 1.0,
     ) -> None:
-        """Add a frame, (y, x) each; pixels that are not kept do not count.
+        """Add the images (y, x) of one frame. Pixels that are not kept are left out.
 
         ``of_reference`` is the fraction of the variance that is the reference's, and ``removed`` what a map took from
         the frame. Frames were divided by the ``response`` of the pixels, as given: offsets are in counts before that.

@@ -74,7 +74,11 @@ def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Im
 
 
 def _middle_of_drift(shifts: dict[int, Image], max_shift: int) -> int:
-    """Return the frame from which most frames can be reached, then most within the search, then the central one."""
+    """Return the frame in the middle of the drift.
+
+    It is the one with the most other frames within twice the search window. Of equal ones it is the one with the most
+    frames within the search window, and of those the most central one.
+    """
     values = np.array(list(shifts.values()))
     apart = np.abs(values[:, None] - values).max(axis=2)
     reached, inside = ((apart <= reach).sum(axis=1) for reach in (2 * max_shift, max_shift))

@@ -51,12 +51,12 @@ class Round:
 
     @cached_property
     def whole(self) -> AlignedSum:
-        """The sum over both halves."""
+        """The sum over the frames of both halves."""
         return self.halves[0].plus(self.halves[1])
 
     @cached_property
     def mean(self) -> Reference:
-        """The mean of both halves."""
+        """The mean of the frames of both halves."""
         return self.whole.mean()
 
     @property
@@ -72,7 +72,7 @@ class Round:
     @cached_property
     def drift(self) -> float:
         """Standard deviation of the shifts along the direction of least drift, pixels."""
-        # Columns of the detector stay columns while frames move along y.
+        # A drift along y alone does not tell offsets of columns from the sample's pattern.
         along = np.linalg.eigvalsh(np.cov(self.shifts.T, bias=True))
         return float(np.sqrt(max(along[0], 0)))
 
@@ -99,7 +99,7 @@ class Round:
         found = map_of(self.detector, self.mean.frame_mask)
         if not found.settled:  # leave out the pixels that do not follow before gains and offsets are measured
             return (self.corrected_by or found)._replace(following=found.following, settled=False)
-        if self.drift < LEAST_DRIFT:  # the pattern itself would be taken for the detector's
+        if self.drift < LEAST_DRIFT:  # with so little drift the sample's pattern would be taken for the detector's
             found = DetectorMap.without_pattern(found.following)
         if not any(found.spread):
             return found if self.corrected_by is not None and any(self.corrected_by.spread) else None
@@ -138,7 +138,7 @@ def rounds_until_still(
     iterations: int,
     corrected_by: DetectorMap | None,
 ) -> Round | None:
-    """Repeat rounds until the shifts no longer change; None where not even one gave a mean of both halves."""
+    """Repeat rounds until the shifts no longer change, and return the last; None if the first has no two means."""
     last: Round | None = None
     for number in range(1, iterations + 1):
         if last:
@@ -169,7 +169,7 @@ def _one_round(
 
 
 def _are_still(before: Round, now: Round) -> bool:
-    """Return whether shifts have hardly changed since the round before."""
+    """Return whether the same frames were registered in both rounds, with almost the same shifts."""
     if before.registered != now.registered:
         return False
     return bool(np.abs(now.shifts - before.shifts).mean() < _CONVERGED * now.halves[0].sigma)
@@ -187,9 +187,10 @@ def _exchanged(means: Sequence[Reference]) -> list[Reference]:
 
 
 def with_maps(read: Read, current: Round, given: Reference) -> Round:
-    """Repeat rounds with gains and offsets of pixels, and without pixels that do not follow the pattern.
+    """Repeat rounds in which frames are corrected by a map of the detector, as long as that changes the shifts.
 
-    They are looked for as long as that changes much. Frames are corrected by what ``given`` corrects, and the map.
+    The map contains gains and offsets of pixels, and marks those that do not follow the pattern. The dark and flat of
+    ``given`` are applied, too.
     """
     for number in range(_MAPS_WITH_OFFSETS):
         if number >= _MAPS and not current.has_offsets:

@@ -156,7 +156,7 @@ class Template:
     common: Image
     """Covariance (2, 2), px², of the common offset of all frames that the reference's noise causes (37)."""
     structures: "tuple[LocalStructure, ...]"
-    """What a frame's residuals are compared with: all of these must say that they are too much."""
+    """What the residuals of a frame are compared with. It shows another pattern only if each comparison says so."""
     sharpest: float
     """Inverse standard deviation of a bin with twice the least variance; the background of others may be empty."""
 
@@ -290,7 +290,7 @@ def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
 def _structures(image: Image, draft: Draft) -> tuple[LocalStructure, ...]:
     """Return the local structure (39) of an image in bins, to which noise adds nothing.
 
-    Where the image is smooth itself, all of its structure follows.
+    Where the image may be smooth itself, a second entry is for all of its structure.
     That holds also for noise of whole rows or columns, as the two bins of a pair differ in both.
     """
     support, variance, side = draft.support, draft.variance, draft.side
