@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from stillframe.images.arrays import Mask
+from stillframe.images.arrays import Image, Mask
 from stillframe.images.noise import texture_of
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.detector_map import DetectorMap, Spread, sharp_structure
+from stillframe.registration.detector_sums import high_pass
 from stillframe.registration.first_guide import ENOUGH, best_guide
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.prepared_reference import contrast_of, prepare
@@ -34,14 +35,26 @@ from stillframe.registration.reference_frames import (
     standing_out,
     unsaturated,
 )
-from stillframe.registration.rounds import LEAST_DRIFT, Round, reference_with_map, rounds_until_still, with_maps
+from stillframe.registration.rounds import (
+    LEAST_DRIFT,
+    Round,
+    reference_with_map,
+    rounds_until_still,
+    with_maps,
+    without_scatter,
+)
 from stillframe.registration.template_draft import Texture
 from stillframe.registration.templates import smoothing_against
 
 _FREED = 2.0
 """Frames that a pattern of the detector held drift by so many times more without it."""
+_ENOUGH_FEATURES = 0.5
+"""Fraction of the frames that must be aligned without their smooth background, which leaves weak features alone."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
+
+BACKGROUND = "what is smooth in the plain mean of frames is part of the dark, since it held them where they were"
+"""Phrase in the history of a reference whose frames are corrected by a background that was not measured."""
 
 
 def build_reference(
@@ -125,39 +138,74 @@ def iterated_reference(
     aligned = _rounds(read, usable, registered, guide, iterations)
     if aligned is None:
         return guide
+    aligned = without_scatter(read, aligned, iterations) or aligned
     if not with_map:
         return aligned.reference(asked)
-    found = with_maps(read, aligned, guide)
+    found, words = with_maps(read, aligned, guide), ""
     used = min(aligned.whole.used, found.whole.used)
     if found.drift < LEAST_DRIFT or used < ENOUGH * len(usable):
-        found = _unlocked(read, usable, reference, iterations, found, used) or found
+        found, words = _unlocked(read, usable, reference, iterations, found, used) or (found, words)
     made = found.reference(asked)
+    made = made.replace(history=made.history + words)
     return made if found.drift >= LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
 
 
 def _unlocked(
     read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: Round, used: int
-) -> Round | None:
-    """Align frames less what their plain mean shows in small features; None where they do not drift much more then.
+) -> tuple[Round, str] | None:
+    """Align frames less what their plain mean shows; None where they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
-    plain mean it is as in every frame, while a pattern that drifts is smeared.
+    plain mean it is as in every frame, while a pattern that drifts is smeared. Small features are subtracted first,
+    only until the pattern of the detector is found; or else what is smooth, for good, which the history says.
     """
-    fine = sharp_structure(reference.image, reference.frame_mask)
-    given = 1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
-    guess = DetectorMap.without_pattern(reference.frame_mask)._replace(
-        offset=(fine * given).astype(np.float32), spread=Spread(0.0, 1.0), guessed=True
+    mean, valid = reference.image, reference.frame_mask
+
+    def freed(aligned: Round | None, given: Reference, least: float) -> Round | None:
+        if aligned is None or aligned.drift < LEAST_DRIFT:
+            return None
+        found = with_maps(read, aligned, given)
+        is_free = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
+        return found if is_free and found.whole.used >= least else None
+
+    guess = _guess(reference, sharp_structure(mean, valid))
+    found = freed(
+        _guided_rounds(read, usable, _without(reference, guess), iterations, guess), reference, ENOUGH * len(usable)
     )
-    without = reference_with_map(reference, guess, reference).replace(image=(reference.image - fine).astype(np.float32))
-    guide, registered = best_guide(read, usable, without)
+    if found is not None and found.has_pattern:
+        return found, ""
+    background = _guess(reference, np.where(valid, mean - high_pass(mean, valid), 0))
+    given = _without(reference, background).replace(against_scatter=True)
+    found = freed(_guided_rounds(read, usable, given, iterations), given, _ENOUGH_FEATURES * len(usable))
+    return None if found is None else (found, f"; {BACKGROUND}")
+
+
+def _guess(reference: Reference, structure: Image) -> DetectorMap:
+    """Return a map whose offsets are some structure of a mean, in corrected counts (y, x)."""
+    given = 1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
+    return DetectorMap.without_pattern(reference.frame_mask)._replace(
+        offset=(structure * given).astype(np.float32), spread=Spread(0.0, 1.0), guessed=True
+    )
+
+
+def _without(reference: Reference, guess: DetectorMap) -> Reference:
+    """Return the mean of frames that are corrected by a guess, too."""
+    response = (
+        1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
+    )
+    image = (reference.image - guess.offset / response).astype(np.float32)
+    return reference_with_map(reference, guess, reference).replace(image=image)
+
+
+def _guided_rounds(
+    read: Read, usable: Sequence[int], reference: Reference, iterations: int, guess: DetectorMap | None = None
+) -> Round | None:
+    """Find a first guide and align frames; None where they cannot be aligned."""
+    guide, registered = best_guide(read, usable, reference)
     if guide is None or len(registered) < 2:
         return None
     aligned = _rounds(read, usable, registered, guide, iterations, guess)
-    if aligned is None or aligned.drift < LEAST_DRIFT:
-        return None
-    found, least = with_maps(read, aligned, reference), ENOUGH * len(usable)
-    freed = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
-    return found if found.has_pattern and freed and found.whole.used >= least else None
+    return aligned and (without_scatter(read, aligned, iterations) or aligned)
 
 
 def _usable(read: Read, indices: Sequence[int], reference: Reference) -> list[int]:

@@ -19,6 +19,8 @@ _WIDTHS = 8
 """A square is at least this many widths of the templates' Gaussian wide, so that its polynomial follows no feature."""
 _ACROSS = 4
 """At least this many squares lie along the shorter axis of the image."""
+_LEAST_ACROSS = 3
+"""As many are enough for the smallest squares, in small images."""
 _VARIANCE_LOSS = 0.05
 """Squares may enlarge the variance of shifts by this fraction, compared with squares of the next larger side."""
 _LARGEST_LOSS = 2.0
@@ -29,14 +31,16 @@ _SINGULAR = 1e-10
 """Directions with a smaller fraction of the largest singular value are not determined by the bins of a square."""
 
 
-def choose_square(draft: Draft) -> tuple[int, Draft]:
+def choose_square(draft: Draft, *, always: bool = False) -> tuple[int, Draft]:
     """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors, and templates for them.
 
     The side is 0 and the templates are as they were if there are no such squares, or if noise hides the features: the
-    glow is all that such a reference shows, as a single frame with few counts.
+    glow is all that such a reference shows, as a single frame with few counts. ``always``: they may enlarge the errors
+    by any factor, compared with none.
     """
-    least, most = _WIDTHS * draft.smoothed.width, min(draft.smoothed.image.shape) / _ACROSS
-    limit = _LARGEST_LOSS * draft.expected_variance()
+    shorter = min(draft.smoothed.image.shape)
+    least, most = _WIDTHS * draft.smoothed.width, max(shorter / _ACROSS, min(shorter / _LEAST_ACROSS, _SIDES[0]))
+    limit = np.finfo(np.float64).max if always else _LARGEST_LOSS * draft.expected_variance()
     square, best = 0, draft
     for side in (side for side in reversed(_SIDES) if least <= side <= most):
         smaller = without_local_changes(draft, side)

@@ -284,7 +284,13 @@ def _template(reference: Reference, mask: Mask, pixels: Statistics, noise: Noise
     filled, known = with_small_holes_filled(np.where(mask, reference.image.astype(np.float64) - pixels.mean, 0), mask)
     relative = noise.relative_to(pixels.mean)
     return prepare_template(
-        filled, known, relative, reference.smoothing, level=pixels.mean, frame_mask=reference.frame_mask
+        filled,
+        known,
+        relative,
+        reference.smoothing,
+        level=pixels.mean,
+        frame_mask=reference.frame_mask,
+        against_scatter=reference.against_scatter,
     )
 
 

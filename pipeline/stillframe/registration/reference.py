@@ -56,6 +56,9 @@ class Reference:
     smoothing : float, optional
         Standard deviation, pixels, of the Gaussian that smooths the templates of the refinement. Default: the width
         with the smallest expected errors.
+    against_scatter : bool
+        Whether smooth scatter that stays on the detector must not draw shifts, by however much that enlarges their
+        errors. Otherwise it must not where that enlarges them by less than a factor of 1.4.
     dark : array_like, shape (y, x), optional
         Image of the detector without beam, which is subtracted from every frame. Pixels at which it is not finite or
         saturated are invalid.
@@ -101,6 +104,8 @@ class Reference:
     """Variance of the image's pixels; None: to be measured."""
     smoothing: float | None
     """Standard deviation of the templates' Gaussian, pixels; None: to be chosen."""
+    against_scatter: bool
+    """Whether smooth scatter must not draw shifts, at any price."""
     dark: Pixels | None
     """Subtracted from every frame (y, x), read-only; None: nothing is subtracted."""
     flat: Pixels | None
@@ -120,6 +125,7 @@ class Reference:
         frame_mask: npt.ArrayLike | None = None,
         noise: tuple[float, float] | None = None,
         smoothing: float | None = None,
+        against_scatter: bool = False,
         dark: npt.ArrayLike | None = None,
         flat: npt.ArrayLike | None = None,
         history: str = "",
@@ -147,6 +153,7 @@ class Reference:
             ),
             noise=None if noise is None else Noise(*map(float, noise)),
             smoothing=smoothing,
+            against_scatter=bool(against_scatter),
             dark=images[0],
             flat=images[1],
             history=history,
@@ -218,6 +225,8 @@ class Reference:
         values = (self.image.dtype.str, self.shape, self.options.model_dump(), noise, self.smoothing)
         masks = (np.packbits(mask).tobytes() for mask in (self.mask, self.frame_mask))
         parts = [repr(values).encode(), self.image.tobytes(), *masks]
+        if self.against_scatter:
+            parts.append(b"against scatter")
         for name, image in (("dark", self.dark), ("flat", self.flat)):
             if image is not None:
                 parts += [f"{name} {image.dtype.str}".encode(), image.tobytes()]

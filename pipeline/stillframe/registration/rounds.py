@@ -27,6 +27,8 @@ LEAST_DRIFT = 1.0
 """With a smaller rms drift along some direction, pixels, features stay on the same pixels."""
 _MAPS, _MAPS_WITH_OFFSETS = 6, 12
 """How often what does not move with the pattern is looked for; more often where offsets were found."""
+_DRAWN, _LEAST_DRAWN = 4.0, 0.005
+"""Scatter draws shifts if they follow the drift too little by so many standard errors, and by this fraction of it."""
 _LARGEST_RATIO = 0.8
 """Largest ratio of a step to the one before, of shifts that approach their limit."""
 
@@ -150,6 +152,40 @@ def rounds_until_still(
         if before and _are_still(before, last):
             break
     return last
+
+
+def without_scatter(read: Read, current: Round, iterations: int) -> Round | None:
+    """Repeat rounds with templates that smooth scatter does not draw; None where they cannot, or where it draws none.
+
+    Shifts with and without such templates are compared, as by J. A. Hausman, Econometrica 46, 1251 (1978): both are
+    right, and those without are more precise, unless scatter draws them (64).
+    """
+    drawn = [_drawn(read, half, frames) for half, frames in zip(current.halves, current.frames, strict=True)]
+    product, square, variance = np.sum(drawn, axis=0)
+    if not abs(product) > _DRAWN * np.sqrt(variance) or abs(product) < _LEAST_DRAWN * square:
+        return None
+    guides = [guide.replace(against_scatter=True) for guide in _exchanged([half.mean() for half in current.halves])]
+    return rounds_until_still(read, current.frames, guides, iterations, current.corrected_by)
+
+
+def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
+    """Return how frames are drawn: Σ d s, Σ s² and the variance of the first (64), where templates see scatter."""
+    nothing = np.zeros(3)
+    if half.template.square or half.guide.against_scatter:
+        return nothing
+    guide = half.guide.replace(against_scatter=True)
+    template = prepare(guide).template
+    if template is None or not template.square:
+        return nothing
+    matches = np.concatenate([match_frames(read([frames[number - 1]]), guide) for number in half.numbers])
+    good = matches["flag"] == 0
+    if np.count_nonzero(good) < 2:
+        return nothing
+    robust = np.stack([matches["dy"], matches["dx"]], axis=1)[good].astype(np.float64)
+    of_robust = np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)[good].astype(np.float64) ** 2
+    apart, moved = half.shifts[good] - robust, robust - robust.mean(axis=0)
+    apart = apart - apart.mean(axis=0)
+    return np.array([(apart * moved).sum(), (moved**2).sum(), (of_robust * moved**2).sum()])
 
 
 def _one_round(

@@ -27,7 +27,7 @@ _VARIANCE_LOSS = 0.03
 """Bins may enlarge the variance of shifts by this fraction."""
 _LEAST_USEFUL_BINS = 16_384
 """With fewer bins in the support the time does not matter, and smaller bins lose less to a hit."""
-_SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SMOOTHINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Standard deviations, pixels, of the Gaussians that are tried for the templates."""
 _KEPT_INFORMATION = 0.995
 """Fraction of the Fisher information in the support."""
@@ -61,7 +61,7 @@ class Texture(NamedTuple):
 def best_smoothed(image: Image, mask: Mask, noise: Noise, texture: Texture | None = None) -> "Draft | None":
     """Return templates of single pixels whose smoothing has the smallest expected errors; None with too much noise."""
     best, least = None, np.inf
-    for width in _SMOOTHINGS:
+    for width in SMOOTHINGS:
         draft = Draft.of(Smoothed.of(image, mask, noise, width), 1)
         variance = draft.expected_variance()
         if texture and np.isfinite(variance):

@@ -18,6 +18,7 @@ from stillframe.registration.template_draft import (
     LEAST_BINS,
     REACH,
     SIZE,
+    SMOOTHINGS,
     Draft,
     Smoothed,
     Texture,
@@ -169,12 +170,16 @@ def prepare_template(
     *,
     level: float = 0.0,
     frame_mask: Mask | None = None,
+    against_scatter: bool = False,
 ) -> Template | None:
     """Return the templates of an image (y, x), less its level and 0 where invalid; None with too little structure.
 
     The smoothing, a standard deviation in pixels, is chosen for the smallest expected errors if it is not given. Bins
-    of which ``frame_mask``, by default the mask, leaves too few whole are not used.
+    of which ``frame_mask``, by default the mask, leaves too few whole are not used. For ``against_scatter`` see
+    :class:`~stillframe.Reference`.
     """
+    if against_scatter:
+        smoothing = smoothing or _smoothing_in_squares(*excerpt(image, mask), noise)
     sample, draft = _finest(image, mask, noise, smoothing)
     if draft is None:
         return None
@@ -182,7 +187,14 @@ def prepare_template(
     draft = best_binned(unbinned, mask if frame_mask is None else frame_mask)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
-    return _template(*choose_square(draft), noise, level)
+    return _template(*choose_square(draft, always=against_scatter), noise, level)
+
+
+def _smoothing_in_squares(image: Image, mask: Mask, noise: Noise) -> float | None:
+    """Return the smoothing, pixels, whose templates have the smallest expected errors in squares; None without any."""
+    found = [choose_square(Draft.of(Smoothed.of(image, mask, noise, width), 1), always=True) for width in SMOOTHINGS]
+    inside = [draft for square, draft in found if square]
+    return min(inside, key=Draft.expected_variance).smoothed.width if inside else None
 
 
 def smoothing_against(texture: Texture, image: Image, mask: Mask, noise: Noise) -> float | None:

@@ -49,6 +49,7 @@ def save_reference(
         "options": reference.options.model_dump(),
         "noise": reference.noise and list(reference.noise),
         "smoothing": reference.smoothing,
+        "against_scatter": reference.against_scatter or None,
         "origin": origin,
     }
     arrays = {name: getattr(reference, name) for name in (*_ARRAYS, *_CORRECTIONS)}
@@ -77,6 +78,7 @@ def load_reference(path: str | Path) -> Reference:
             image, mask, frame_mask = (stored[name].values for name in _ARRAYS)
             corrections = {name: stored[name].values for name in _CORRECTIONS if name in stored}
             options = {name: stored.attrs.get(name) for name in ("noise", "smoothing")} | stored.attrs["options"]
+            options["against_scatter"] = bool(stored.attrs.get("against_scatter"))
             history = stored.attrs.get("reference_history", "")
             return Reference(image, mask, frame_mask=frame_mask, history=history, **corrections, **options)
     except OtherVersion:
