@@ -48,8 +48,12 @@ from stillframe.registration.templates import smoothing_against
 
 _FREED = 2.0
 """Frames that a pattern of the detector held drift by so many times more without it."""
+_CERTAIN = 3.0
+"""Their drift is larger than the error of shifts by this factor: noise is no drift."""
 _ENOUGH_FEATURES = 0.5
 """Fraction of the frames that must be aligned without their smooth background, which leaves weak features alone."""
+_FAR_BRIGHTER, _PASSES = 4.0, 3
+"""Pixels brighter than their surroundings by this factor of them may be hot; of that many passes each sees fewer."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
 
@@ -156,28 +160,48 @@ def _unlocked(
     """Align frames less what their plain mean shows; None where they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
-    plain mean it is as in every frame, while a pattern that drifts is smeared. Small features are subtracted first,
-    only until the pattern of the detector is found; or else what is smooth, for good, which the history says.
+    plain mean it is as in every frame, while a pattern that drifts is smeared. Bright clusters are left out first.
+    Small features are subtracted next, only until the pattern of the detector is found; or else what is smooth, for
+    good, which the history says.
     """
-    mean, valid = reference.image, reference.frame_mask
 
-    def freed(aligned: Round | None, given: Reference, least: float) -> Round | None:
+    def freed(given: Reference, guess: DetectorMap | None = None, least: float = ENOUGH) -> Round | None:
+        aligned = _guided_rounds(read, usable, given, iterations, guess)
         if aligned is None or aligned.drift < LEAST_DRIFT:
             return None
-        found = with_maps(read, aligned, given)
-        is_free = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
-        return found if is_free and found.whole.used >= least else None
+        found = with_maps(read, aligned, given if guess is None else clear)
+        moves = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least * len(usable))
+        certain = found.drift > _CERTAIN * found.whole.sigma and found.whole.used >= least * len(usable)
+        return found if moves and certain and not found.is_guessed else None
 
-    guess = _guess(reference, sharp_structure(mean, valid))
-    found = freed(
-        _guided_rounds(read, usable, _without(reference, guess), iterations, guess), reference, ENOUGH * len(usable)
-    )
-    if found is not None and found.has_pattern:
+    clear = _without_clusters(reference)
+    mean, valid = clear.image, clear.frame_mask
+    found = None if clear is reference else freed(clear)
+    if found is None:
+        guess = _guess(clear, sharp_structure(mean, valid))
+        found = freed(_without(clear, guess), guess)
+    if found is not None:
         return found, ""
-    background = _guess(reference, np.where(valid, mean - high_pass(mean, valid), 0))
-    given = _without(reference, background).replace(against_scatter=True)
-    found = freed(_guided_rounds(read, usable, given, iterations), given, _ENOUGH_FEATURES * len(usable))
+    template = prepare(locked.mean).template
+    if template is None or template.square:  # what is smooth does not hold frames whose templates do not see it
+        return None
+    background = _guess(clear, np.where(valid, mean - high_pass(mean, valid), 0))
+    found = freed(_without(clear, background).replace(against_scatter=True), least=_ENOUGH_FEATURES)
     return None if found is None else (found, f"; {BACKGROUND}")
+
+
+def _without_clusters(reference: Reference) -> Reference:
+    """Return a plain mean without pixels that are far brighter than what is around them; itself if there are none.
+
+    Clusters of hot pixels are; spots that drift are smeared.
+    """
+    mean, valid = reference.image, reference.frame_mask
+    for _ in range(_PASSES):
+        sharp = sharp_structure(mean, valid)
+        valid = valid & ~(sharp > _FAR_BRIGHTER * np.maximum(mean - sharp, 0))
+    if (valid == reference.frame_mask).all():
+        return reference
+    return reference.replace(mask=reference.mask & valid, frame_mask=valid)
 
 
 def _guess(reference: Reference, structure: Image) -> DetectorMap:

@@ -79,20 +79,14 @@ class Round:
         return float(np.sqrt(max(along[0], 0)))
 
     @property
-    def has_pattern(self) -> bool:
-        """Whether gains or offsets that the drift showed were corrected in the frames of this round."""
-        return any(self._measured)
+    def is_guessed(self) -> bool:
+        """Whether the frames of this round were corrected by a map that was not measured from the drift."""
+        return self.corrected_by is not None and self.corrected_by.guessed
 
     @property
     def has_offsets(self) -> bool:
         """Whether offsets that the drift showed were corrected in the frames of this round."""
-        return any(self._measured[1:])
-
-    @property
-    def _measured(self) -> Spread:
-        if self.corrected_by is None or self.corrected_by.guessed:
-            return Spread(0, 0)
-        return self.corrected_by.spread
+        return self.corrected_by is not None and not self.is_guessed and any(self.corrected_by.spread[1:])
 
     def next_map(self) -> DetectorMap | None:
         """Return the map with which frames are to be corrected next; None where nothing stays on the detector."""
