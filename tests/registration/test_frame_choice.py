@@ -92,6 +92,7 @@ def test_no_usable_frame_says_so():
         make_reference(np.zeros((40, *SHAPE)), MASK, max_shift=8)
 
 
+@pytest.mark.slow
 def test_background_of_the_first_frames_does_not_make_the_reference():
     """It stays where it is, so that the frames that show it alone match one another at (0, 0), and nothing else."""
     shifts = drift(60, 5.0)
@@ -131,6 +132,7 @@ def test_frames_beyond_the_window_of_the_first_guide_are_reached_from_the_middle
     assert np.isfinite(matches["dy"]).all()
 
 
+@pytest.mark.slow
 def test_a_fixed_texture_is_smeared_out_by_the_drift():
     shifts = np.concatenate([np.zeros((16, 2)), drift(48, 4.0)])
     gain, rng = np.random.default_rng(4).normal(1, 0.1, SHAPE), np.random.default_rng(5)

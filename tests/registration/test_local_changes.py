@@ -11,6 +11,7 @@ from stillframe.images.noise import Noise
 from stillframe.registration.local_changes import choose_square, without_local_changes
 from stillframe.registration.prepared_reference import prepare
 from stillframe.registration.template_draft import Draft, Smoothed
+from stillframe.simulation.experiment import evaluate
 from synthetic import blocked
 
 SHAPE = (256, 256)
@@ -68,6 +69,44 @@ def test_scatter_that_stays_on_the_detector_does_not_pull(kind):
     error, relative = errors(matches[good], shifts[good])
     assert relative.std() < 1.3
     assert abs(np.polyfit(shifts[good].ravel(), error.ravel(), 1)[0]) < 0.005
+
+
+def glowing(shift):
+    """A glow that moves with weak spots, and tells more of the shift than they do."""
+    y, x = Y[:, None] + shift[0], X + shift[1]
+    weak = spots(shift) - spots(shift, factor=0)
+    return 30 * np.exp(-(y**2 + x**2) / 2 / 14**2) + 0.5 + 1.5 * weak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scatter", [0, 3])
+def test_only_scatter_that_draws_shifts_costs_precision(scatter):
+    """Squares would cost more than a glow is worth, unless something smooth does not move (63)."""
+    mean = glowing((0, 0)).mean()
+    frames, shifts = stack(
+        lambda shift, _: glowing(shift) + scatter * mean * SCATTER / SCATTER.mean(), seed=4, frames=40
+    )
+    reference = make_reference(frames, blocked(SHAPE), use=slice(0, 24), iterations=3, max_shift=12)
+    assert reference.against_scatter == bool(scatter) == bool(prepare(reference).template.square)
+    drawn, followed = (
+        errors(match_frames(frames[24:], one), shifts[24:])[1].std()
+        for one in (reference.replace(against_scatter=False), reference)
+    )
+    assert followed < 1.5
+    assert drawn > 5 or not scatter
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("spots", 90), ("rings", 30)])
+def test_scatter_in_a_small_image_does_not_pull(kind, counts):
+    rng, shape = np.random.default_rng(5), (128, 120)
+    y, x = np.indices(shape)
+    shifts = rng.uniform(-5, 5, (32, 2))
+    scatter = counts * np.exp(-((y - 50) ** 2 + (x - 75) ** 2) / 2 / 25**2)
+    expected = np.stack([300 * evaluate(kind, shape, shift) + 15 for shift in shifts]) + scatter
+    frames = rng.poisson(expected).astype(np.uint16)
+    matches = match_frames(frames, make_reference(frames, use=slice(0, 16), max_shift=10))
+    assert not matches["flag"].any()
+    assert errors(matches[16:], shifts[16:])[1].std() < 1.5
 
 
 @pytest.mark.slow
@@ -153,6 +192,12 @@ class TestSquares:
         assert square in (32, 64)
         assert made.expected_variance() == without_local_changes(draft, square).expected_variance()
         assert made.expected_variance() < 2 * draft.expected_variance()
+
+    def test_cost_whatever_they_may_if_asked_for(self):
+        image = np.random.default_rng(0).poisson(glowing((0, 0)))
+        assert prepare(Reference(image, max_shift=8)).template.square == 0
+        template = prepare(Reference(image, max_shift=8, against_scatter=True)).template
+        assert template.square >= 32
 
     def test_leave_a_draft_without_support_as_it_is(self):
         empty = replace(self.draft(), support=np.zeros(SHAPE, bool))

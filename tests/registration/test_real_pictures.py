@@ -1,8 +1,11 @@
 """Known answers on pictures that nobody in this project made."""
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ import tifffile
 import xarray as xr
 from PIL import Image
 
-from stillframe import Reference, load_mask, masked_ncc, match_frames
+from stillframe import Reference, load_mask, make_reference, masked_ncc, match_frames
+from stillframe.registration.build_reference import BACKGROUND
 from stillframe.registration.prepared_reference import prepare
 from stillframe.simulation.selftest import selftest
 from synthetic import DATA, needs_pictures, peak, store_frames
@@ -78,6 +82,27 @@ def test_the_pairs_of_padfields_paper(name, shift):
     reference = Reference(fixed, fixed != 0, max_shift=150, overlap_ratio=0.1)
     (match,) = match_frames(moving[None], reference, masks=moving != 0)
     assert np.rint(found(match)).tolist() == list(shift)
+
+
+@pytest.mark.slow
+def test_scatter_that_holds_a_real_pattern_becomes_part_of_the_dark(monkeypatch):
+    """It outshines a pattern of 3 counts so far that templates see nothing else; the benchmark's frames and truth."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr("os.environ", dict(os.environ))  # the benchmark allows libraries one thread each
+    hard_cases = importlib.import_module("hard_cases")
+    row, (mean, smoothing) = "scatter as bright as the mean", hard_cases.PICTURES["chromium"]
+    task = hard_cases.Task("pictures", f"chromium | {row}", 0, 40, 20261127, 32, "spread", 10_000)
+    rng, pattern = task.rng(), hard_cases.Picture(*hard_cases.load_picture("chromium"), mean, smoothing)
+    detector = hard_cases.detector("chromium", row, mean, pattern.valid, rng)
+    stack = hard_cases.record(pattern, detector, rng, task)
+    reference = make_reference(stack.frames, detector.mask, use=stack.use, iterations=3, max_shift=16)
+    assert BACKGROUND in reference.history
+    matches, truth = match_frames(stack.frames, reference)[stack.measured], stack.truth[stack.measured]
+    good = matches["flag"] == 0
+    assert good.mean() > 0.5
+    error = (np.stack([matches["dy"], matches["dx"]], axis=1) - truth)[good]
+    relative = (error - error.mean(axis=0)) / np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)[good]
+    assert relative.std() < 1.5
 
 
 @pytest.mark.parametrize("shift", [(3, -5), (11, 7), (-20, 13)])

@@ -179,6 +179,7 @@ class TestIteratedReference:
         assert 0.85 < (error / sigma).std() < 1.15
         assert sharp.noise.gain == pytest.approx(1 / 48, rel=0.15)
 
+    @pytest.mark.slow
     def test_never_takes_in_what_cannot_be_registered(self):
         draw = Draw()
         stack, _ = draw.frames(16, reach=2.0)

@@ -159,10 +159,14 @@ def test_the_same_flat_beside_a_stored_reference_is_no_other_one(recorded, files
 
 def test_a_reference_with_both_or_without_is_stored_whole(images, tmp_path):
     image = np.random.default_rng(2).poisson(50.0, SHAPE)
-    for number, options in enumerate(({}, images, {"dark": images["dark"]}, {"flat": images["flat"]})):
+    for number, options in enumerate(
+        ({}, images, {"dark": images["dark"]}, {"flat": images["flat"]}, {"against_scatter": True})
+    ):
         reference = sf.Reference(image, max_shift=8, **options)
         sf.save_reference(reference, tmp_path / f"{number}.zarr")
-        assert sf.load_reference(tmp_path / f"{number}.zarr").digest == reference.digest
+        loaded = sf.load_reference(tmp_path / f"{number}.zarr")
+        assert loaded.digest == reference.digest
+        assert loaded.against_scatter == reference.against_scatter == ("against_scatter" in options)
         assert (tmp_path / f"{number}.zarr" / "dark").exists() == ("dark" in options)
 
 

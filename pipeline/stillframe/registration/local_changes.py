@@ -20,7 +20,7 @@ _WIDTHS = 8
 _ACROSS = 4
 """At least this many squares lie along the shorter axis of the image."""
 _LEAST_ACROSS = 3
-"""As many are enough for the smallest squares, in small images."""
+"""As many are enough where squares are asked for."""
 _VARIANCE_LOSS = 0.05
 """Squares may enlarge the variance of shifts by this fraction, compared with squares of the next larger side."""
 _LARGEST_LOSS = 2.0
@@ -36,10 +36,10 @@ def choose_square(draft: Draft, *, always: bool = False) -> tuple[int, Draft]:
 
     The side is 0 and the templates are as they were if there are no such squares, or if noise hides the features: the
     glow is all that such a reference shows, as a single frame with few counts. ``always``: they may enlarge the errors
-    by any factor, compared with none.
+    by any factor, compared with none, and be larger.
     """
-    shorter = min(draft.smoothed.image.shape)
-    least, most = _WIDTHS * draft.smoothed.width, max(shorter / _ACROSS, min(shorter / _LEAST_ACROSS, _SIDES[0]))
+    least = _WIDTHS * draft.smoothed.width
+    most = min(draft.smoothed.image.shape) / (_LEAST_ACROSS if always else _ACROSS)
     limit = np.finfo(np.float64).max if always else _LARGEST_LOSS * draft.expected_variance()
     square, best = 0, draft
     for side in (side for side in reversed(_SIDES) if least <= side <= most):
@@ -47,7 +47,9 @@ def choose_square(draft: Draft, *, always: bool = False) -> tuple[int, Draft]:
         variance = smaller.expected_variance()
         if not variance <= limit < np.inf or not _shows_features(smaller):
             break
-        square, best, limit = side, smaller, min(limit, (1 + _VARIANCE_LOSS) * variance)
+        square, best = side, smaller
+        if not always:
+            limit = min(limit, (1 + _VARIANCE_LOSS) * variance)
     return square, best
 
 

@@ -27,7 +27,7 @@ LEAST_DRIFT = 1.0
 """With a smaller rms drift along some direction, pixels, features stay on the same pixels."""
 _MAPS, _MAPS_WITH_OFFSETS = 6, 12
 """How often what does not move with the pattern is looked for; more often where offsets were found."""
-_DRAWN, _LEAST_DRAWN = 4.0, 0.005
+_DRAWN, _LEAST_DRAWN = 3.0, 0.001
 """Scatter draws shifts if they follow the drift too little by so many standard errors, and by this fraction of it."""
 _LARGEST_RATIO = 0.8
 """Largest ratio of a step to the one before, of shifts that approach their limit."""
@@ -152,7 +152,7 @@ def without_scatter(read: Read, current: Round, iterations: int) -> Round | None
     """Repeat rounds with templates that smooth scatter does not draw; None where they cannot, or where it draws none.
 
     Shifts with and without such templates are compared, as by J. A. Hausman, Econometrica 46, 1251 (1978): both are
-    right, and those without are more precise, unless scatter draws them (64).
+    right, and those without are more precise, unless scatter draws them (63).
     """
     drawn = [_drawn(read, half, frames) for half, frames in zip(current.halves, current.frames, strict=True)]
     product, square, variance = np.sum(drawn, axis=0)
@@ -163,7 +163,7 @@ def without_scatter(read: Read, current: Round, iterations: int) -> Round | None
 
 
 def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
-    """Return how frames are drawn: Σ d s, Σ s² and the variance of the first (64), where templates see scatter."""
+    """Return how frames are drawn: Σ d s, Σ s² and the variance of the first (63), where templates see scatter."""
     nothing = np.zeros(3)
     if half.template.square or half.guide.against_scatter:
         return nothing
