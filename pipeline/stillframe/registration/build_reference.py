@@ -16,7 +16,6 @@ from stillframe.images.noise import texture_of
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
 from stillframe.registration.detector_map import DetectorMap, Spread, sharp_structure
-from stillframe.registration.detector_sums import high_pass
 from stillframe.registration.first_guide import ENOUGH, best_guide
 from stillframe.registration.frame_choice import spread_frames, usable_among
 from stillframe.registration.prepared_reference import contrast_of, prepare
@@ -50,15 +49,10 @@ _FREED = 2.0
 """Frames that a pattern of the detector held drift by so many times more without it."""
 _CERTAIN = 3.0
 """Their drift is larger than the error of shifts by this factor: noise is no drift."""
-_ENOUGH_FEATURES = 0.5
-"""Fraction of the frames that must be aligned without their smooth background, which leaves weak features alone."""
 _FAR_BRIGHTER, _PASSES = 4.0, 3
 """Pixels brighter than their surroundings by this factor of them may be hot; of that many passes each sees fewer."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
-
-BACKGROUND = "what is smooth in the plain mean of frames is part of the dark, since it held them where they were"
-"""Phrase in the history of a reference whose frames are corrected by a background that was not measured."""
 
 
 def build_reference(
@@ -145,49 +139,40 @@ def iterated_reference(
     aligned = without_scatter(read, aligned, iterations) or aligned
     if not with_map:
         return aligned.reference(asked)
-    found, words = with_maps(read, aligned, guide), ""
+    found = with_maps(read, aligned, guide)
     used = min(aligned.whole.used, found.whole.used)
     if found.drift < LEAST_DRIFT or used < ENOUGH * len(usable):
-        found, words = _unlocked(read, usable, reference, iterations, found, used) or (found, words)
+        found = _unlocked(read, usable, reference, iterations, found, used) or found
     made = found.reference(asked)
-    made = made.replace(history=made.history + words)
     return made if found.drift >= LEAST_DRIFT else _of_little_drift(made, found.drift, found.whole.used)
 
 
 def _unlocked(
     read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: Round, used: int
-) -> tuple[Round, str] | None:
+) -> Round | None:
     """Align frames less what their plain mean shows; None where they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
     plain mean it is as in every frame, while a pattern that drifts is smeared. Bright clusters are left out first.
-    Small features are subtracted next, only until the pattern of the detector is found; or else what is smooth, for
-    good, which the history says.
+    Small features are subtracted next, only until the pattern of the detector is found.
     """
+    least = ENOUGH * len(usable)
 
-    def freed(given: Reference, guess: DetectorMap | None = None, least: float = ENOUGH) -> Round | None:
+    def freed(given: Reference, guess: DetectorMap | None = None) -> Round | None:
         aligned = _guided_rounds(read, usable, given, iterations, guess)
         if aligned is None or aligned.drift < LEAST_DRIFT:
             return None
         found = with_maps(read, aligned, given if guess is None else clear)
-        moves = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least * len(usable))
-        certain = found.drift > _CERTAIN * found.whole.sigma and found.whole.used >= least * len(usable)
+        moves = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
+        certain = found.drift > _CERTAIN * found.whole.sigma and found.whole.used >= least
         return found if moves and certain and not found.is_guessed else None
 
     clear = _without_clusters(reference)
-    mean, valid = clear.image, clear.frame_mask
     found = None if clear is reference else freed(clear)
-    if found is None:
-        guess = _guess(clear, sharp_structure(mean, valid))
-        found = freed(_without(clear, guess), guess)
     if found is not None:
-        return found, ""
-    template = prepare(locked.mean).template
-    if template is None or template.square:  # what is smooth does not hold frames whose templates do not see it
-        return None
-    background = _guess(clear, np.where(valid, mean - high_pass(mean, valid), 0))
-    found = freed(_without(clear, background).replace(against_scatter=True), least=_ENOUGH_FEATURES)
-    return None if found is None else (found, f"; {BACKGROUND}")
+        return found
+    guess = _guess(clear, sharp_structure(clear.image, clear.frame_mask))
+    return freed(_without(clear, guess), guess)
 
 
 def _without_clusters(reference: Reference) -> Reference:

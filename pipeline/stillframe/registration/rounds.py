@@ -29,6 +29,8 @@ _MAPS, _MAPS_WITH_OFFSETS = 6, 12
 """How often what does not move with the pattern is looked for; more often where offsets were found."""
 _DRAWN, _LEAST_DRAWN = 3.0, 0.001
 """Scatter draws shifts if they follow the drift too little by so many standard errors, and by this fraction of it."""
+_MOST_ROUNDS = 12
+"""Number of rounds in which frames that scatter drew are freed."""
 _LARGEST_RATIO = 0.8
 """Largest ratio of a step to the one before, of shifts that approach their limit."""
 
@@ -159,7 +161,7 @@ def without_scatter(read: Read, current: Round, iterations: int) -> Round | None
     if not abs(product) > _DRAWN * np.sqrt(variance) or abs(product) < _LEAST_DRAWN * square:
         return None
     guides = [guide.replace(against_scatter=True) for guide in _exchanged([half.mean() for half in current.halves])]
-    return rounds_until_still(read, current.frames, guides, iterations, current.corrected_by)
+    return rounds_until_still(read, current.frames, guides, max(iterations, _MOST_ROUNDS), current.corrected_by)
 
 
 def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:

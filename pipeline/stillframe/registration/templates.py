@@ -191,10 +191,10 @@ def prepare_template(
 
 
 def _smoothing_in_squares(image: Image, mask: Mask, noise: Noise) -> float | None:
-    """Return the smoothing, pixels, whose templates have the smallest expected errors in squares; None without any."""
+    """Return the smoothing, pixels, with the smallest squares, and of these the smallest errors; None without any."""
     found = [choose_square(Draft.of(Smoothed.of(image, mask, noise, width), 1), always=True) for width in SMOOTHINGS]
-    inside = [draft for square, draft in found if square]
-    return min(inside, key=Draft.expected_variance).smoothed.width if inside else None
+    inside = [(square, draft.expected_variance(), draft.smoothed.width) for square, draft in found if square]
+    return min(inside)[2] if inside else None
 
 
 def smoothing_against(texture: Texture, image: Image, mask: Mask, noise: Noise) -> float | None:

@@ -17,7 +17,7 @@ from stillframe.images.arrays import Image, Mask, as_mask
 from stillframe.images.noise import Noise
 from stillframe.log import warn
 from stillframe.partition import Unit
-from stillframe.registration.build_reference import BACKGROUND, LITTLE_DRIFT, build_reference
+from stillframe.registration.build_reference import LITTLE_DRIFT, build_reference
 from stillframe.registration.match import match_frames
 from stillframe.registration.reference import Reference
 from stillframe.registration.reference_frames import chosen_frames, frames_of_kind
@@ -268,11 +268,6 @@ def _made(
         warn(
             f"the reference is a {reference.history}. If the beam did drift, all frames show something that stays on "
             f"the detector: {cure}."
-        )
-    if BACKGROUND in reference.history:
-        warn(
-            f"the reference is a {reference.history}. Aligned frames lack it, too. A --dark that holds what stays on "
-            "the detector is better."
         )
     made: dict[str, Any] = {"digest": reference.digest, "history": reference.history}
     if use is None:
