@@ -362,6 +362,18 @@ class TestReferences:
         assert not found.frame_mask[clusters > 0].any() and "too small" not in found.history
         assert errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)[1] < 1.5
 
+    @pytest.mark.slow
+    def test_a_background_near_0_is_no_cluster(self):
+        """Columns held faint spots on it whose dark was subtracted: most of its noise is far above its surroundings."""
+        rng, (y, x) = np.random.default_rng(1), np.indices((128, 128))
+        places, shifts = rng.uniform(10, 118, (30, 2)), rng.uniform(-5, 5, (48, 2))
+        columns = rng.normal(0, 6, (1, 128))
+        moved = [places - shift for shift in shifts]
+        spots = [sum(4 * np.exp(-((y - a) ** 2 + (x - b) ** 2) / 8) for a, b in one) for one in moved]
+        frames = (rng.poisson(spots) + 100 + columns + rng.normal(0, 1, (48, 128, 128))).round().astype(np.uint16)
+        found = sf.make_reference(frames, use=slice(0, 32), max_shift=12, dark=np.full((128, 128), 100, np.uint16))
+        assert errors_over_sigma(frames[32:], shifts[32:], found)[1] < 1.5
+
     def test_bright_spots_that_hardly_move_are_no_clusters(self):
         shifts = np.random.default_rng(2).uniform(-0.3, 0.3, (FRAMES + 16, 2))
         expected = np.stack([600 * evaluate("spots", SHAPE, shift) + 3 for shift in shifts])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stillframe.images.arrays import Image, Mask
+from stillframe.images.hot_pixels import NORMAL_MEDIAN
 from stillframe.images.noise import texture_of
 from stillframe.images.run_lengths import ValidPixels
 from stillframe.registration.acceptance import unusable
@@ -51,6 +52,10 @@ _CERTAIN = 3.0
 """Their drift is larger than the error of shifts by this factor: noise is no drift."""
 _FAR_BRIGHTER, _PASSES = 4.0, 3
 """Pixels brighter than their surroundings by this factor of them may be hot; of that many passes each sees fewer."""
+_ABOVE_NOISE = 10.0
+"""They exceed the deviation of small features by this factor, too: a background near 0 is all noise."""
+_FEWEST = 0.9
+"""Fraction of the pixels that are left; more that stand out are the pattern."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
 
@@ -156,37 +161,41 @@ def _unlocked(
     plain mean it is as in every frame, while a pattern that drifts is smeared. Bright clusters are left out first.
     Small features are subtracted next, only until the pattern of the detector is found.
     """
-    least = ENOUGH * len(usable)
 
     def freed(given: Reference, guess: DetectorMap | None = None) -> Round | None:
         aligned = _guided_rounds(read, usable, given, iterations, guess)
         if aligned is None or aligned.drift < LEAST_DRIFT:
             return None
-        found = with_maps(read, aligned, given if guess is None else clear)
+        found, least = with_maps(read, aligned, given if guess is None else reference), ENOUGH * len(usable)
         moves = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
         certain = found.drift > _CERTAIN * found.whole.sigma and found.whole.used >= least
         return found if moves and certain and not found.is_guessed else None
 
     clear = _without_clusters(reference)
-    found = None if clear is reference else freed(clear)
+    found = None if clear is None else freed(clear)
     if found is not None:
         return found
-    guess = _guess(clear, sharp_structure(clear.image, clear.frame_mask))
-    return freed(_without(clear, guess), guess)
+    guess = _guess(reference, sharp_structure(reference.image, reference.frame_mask))
+    return freed(_without(reference, guess), guess)
 
 
-def _without_clusters(reference: Reference) -> Reference:
-    """Return a plain mean without pixels that are far brighter than what is around them; itself if there are none.
+def _without_clusters(reference: Reference) -> Reference | None:
+    """Return a plain mean without pixels that are far brighter than what is around them; None without a few of these.
 
     Clusters of hot pixels are; spots that drift are smeared.
     """
-    mean, valid = reference.image, reference.frame_mask
+    mean, mask, valid = reference.image, reference.frame_mask, reference.frame_mask
     for _ in range(_PASSES):
         sharp = sharp_structure(mean, valid)
-        valid = valid & ~(sharp > _FAR_BRIGHTER * np.maximum(mean - sharp, 0))
-    if (valid == reference.frame_mask).all():
-        return reference
-    return reference.replace(mask=reference.mask & valid, frame_mask=valid)
+        deviation = np.median(np.abs(sharp[valid])) / NORMAL_MEDIAN
+        limit = np.maximum(_FAR_BRIGHTER * np.maximum(mean - sharp, 0), _ABOVE_NOISE * deviation)
+        valid = valid & ~(sharp > limit)
+        if not _FEWEST * np.count_nonzero(mask) <= np.count_nonzero(valid):
+            return None
+    left = reference.mask & valid
+    if (valid == mask).all() or not np.ptp(mean[left]) > 0:
+        return None
+    return reference.replace(mask=left, frame_mask=valid)
 
 
 def _guess(reference: Reference, structure: Image) -> DetectorMap:
@@ -248,7 +257,7 @@ def _of_little_drift(mean: Reference, drift: float, frames: int) -> Reference:
     prepared = prepare(mean)
     judged = mean.image.astype(np.float64), prepared.trusted.mask, prepared.noise
     texture = Texture(texture_of(*judged), frames)
-    if prepared.template is None or not texture.deviation:
+    if prepared.template is None or not texture.deviation or mean.against_scatter:
         return said
     width = smoothing_against(texture, *judged)
     if width is None or width <= prepared.template.smoothing:

@@ -125,6 +125,7 @@ class Round:
             f"gains of pixels that differ by {spread.gain:.1%}": spread.gain,
             f"offsets of pixels that differ by {spread.offset:.3g} counts": spread.offset,
             f"offsets of rows and columns that differ by {spread.of_lines:.3g} counts": spread.of_lines,
+            "templates that smooth scatter does not draw": self.mean.against_scatter,
         }
         return self.mean.replace(history=", with ".join([history, *(words for words, one in found.items() if one)]))
 
@@ -158,14 +159,18 @@ def without_scatter(read: Read, current: Round, iterations: int) -> Round | None
     """
     drawn = [_drawn(read, half, frames) for half, frames in zip(current.halves, current.frames, strict=True)]
     product, square, variance = np.sum(drawn, axis=0)
-    if not abs(product) > _DRAWN * np.sqrt(variance) or abs(product) < _LEAST_DRAWN * square:
+    if not -product > _DRAWN * np.sqrt(variance) or -product < _LEAST_DRAWN * square:
         return None
     guides = [guide.replace(against_scatter=True) for guide in _exchanged([half.mean() for half in current.halves])]
-    return rounds_until_still(read, current.frames, guides, max(iterations, _MOST_ROUNDS), current.corrected_by)
+    most = max(iterations, _MOST_ROUNDS)
+    found = rounds_until_still(read, current.frames, guides, most, current.corrected_by)
+    if found is None or found.whole.used < ENOUGH * current.whole.used:
+        return None
+    return found if all(half.template.square for half in found.halves) else None
 
 
 def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
-    """Return how frames are drawn: Σ d s, Σ s² and the variance of the first (63), where templates see scatter."""
+    """Return how frames are drawn: Σ d s, Σ s² and a bound of the variance of the first (63)."""
     nothing = np.zeros(3)
     if half.template.square or half.guide.against_scatter:
         return nothing
@@ -173,15 +178,20 @@ def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
     template = prepare(guide).template
     if template is None or not template.square:
         return nothing
-    matches = np.concatenate([match_frames(read([frames[number - 1]]), guide) for number in half.numbers])
-    good = matches["flag"] == 0
-    if np.count_nonzero(good) < 2:
+    pairs = [
+        (shift, match)
+        for shift, number in zip(half.shifts, half.numbers, strict=True)
+        for frame in read([frames[number - 1]])  # none if it cannot be read
+        for match in match_frames(frame[None], guide)
+        if not match["flag"]
+    ]
+    if len(pairs) < 2:
         return nothing
-    robust = np.stack([matches["dy"], matches["dx"]], axis=1)[good].astype(np.float64)
-    of_robust = np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)[good].astype(np.float64) ** 2
-    apart, moved = half.shifts[good] - robust, robust - robust.mean(axis=0)
-    apart = apart - apart.mean(axis=0)
-    return np.array([(apart * moved).sum(), (moved**2).sum(), (of_robust * moved**2).sum()])
+    precise = np.array([shift for shift, _ in pairs])
+    robust = np.array([[match["dy"], match["dx"]] for _, match in pairs], np.float64)
+    error = np.array([[match["sigma_y"], match["sigma_x"]] for _, match in pairs], np.float64)
+    precise, robust = precise - precise.mean(axis=0), robust - robust.mean(axis=0)
+    return np.array([((precise - robust) * precise).sum(), (precise**2).sum(), (error**2 * precise**2).sum()])
 
 
 def _one_round(
