@@ -57,8 +57,9 @@ class Reference:
         Standard deviation, pixels, of the Gaussian that smooths the templates of the refinement. Default: the width
         with the smallest expected errors.
     against_scatter : bool
-        Whether smooth scatter that stays on the detector must not draw shifts, by however much that enlarges their
-        errors. Otherwise it must not where that enlarges them by less than a factor of 1.4.
+        Whether smooth scatter that stays on the detector is kept from drawing shifts by however much that enlarges
+        their errors, in images from 96 px on whose features stand out from noise. By default it is only where that
+        enlarges them by less than a factor of 1.4, from 128 px on.
     dark : array_like, shape (y, x), optional
         Image of the detector without beam, which is subtracted from every frame. Pixels at which it is not finite or
         saturated are invalid.
