@@ -308,7 +308,7 @@ class TestReferences:
         assert rms < 0.06 and z < 2
 
     def test_pumped_frames_among_others_cost_few_pixels(self, patterns, shifts):
-        """Every other frame has weaker spots over the same background, which stays, so that all gains differ."""
+        """Every other frame has weaker spots, over a glow that stays. Some pixels under the glow may be lost."""
         pumped = np.where(np.arange(FRAMES)[:, None, None] % 2, 0.6 * (patterns[:FRAMES] - 15), patterns[:FRAMES] - 15)
         y, x = np.indices(SHAPE)
         glow = 60 * np.exp(-((y - 64) ** 2 + (x - 60) ** 2) / 2 / 40**2)

@@ -87,7 +87,7 @@ def test_the_pairs_of_padfields_paper(name, shift):
 def test_scatter_does_not_hold_a_real_pattern(monkeypatch):
     """It outshines a pattern of 3 counts so far that templates see nothing else; the benchmark's frames and truth."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    monkeypatch.setattr("os.environ", dict(os.environ))  # the benchmark allows libraries one thread each
+    monkeypatch.setattr("os.environ", dict(os.environ))  # importing the benchmark sets variables for numeric libraries
     hard_cases = importlib.import_module("hard_cases")
     row, (mean, smoothing) = "scatter as bright as the mean", hard_cases.PICTURES["chromium"]
     task = hard_cases.Task("pictures", f"chromium | {row}", 0, 40, 20261127, 32, "spread", 10_000)

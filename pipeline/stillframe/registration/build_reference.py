@@ -2,7 +2,8 @@
 
 The story of :func:`iterated_reference`: sort out unusable frames, choose a first guide with which most others can be
 registered (:mod:`~.first_guide`), then in each round register the frames of either half with the mean of the other half
-and average them where the reference is, until the shifts no longer change (:mod:`~.rounds`).
+and average them where the reference is, until the shifts no longer change (:mod:`~.rounds`). If smooth scatter draws
+the shifts, go on with templates that do not respond to it.
 """
 
 import warnings
@@ -47,15 +48,16 @@ from stillframe.registration.template_draft import Texture
 from stillframe.registration.templates import smoothing_against
 
 _FREED = 2.0
-"""Frames that a pattern of the detector held drift by so many times more without it."""
+"""Frames that a pattern of the detector held must drift by so many times more without it."""
 _CERTAIN = 3.0
-"""Their drift is larger than the error of shifts by this factor: noise is no drift."""
+"""The drift of freed frames must be so many times larger than the error of shifts: noise is no drift."""
 _FAR_BRIGHTER, _PASSES = 4.0, 3
-"""Pixels brighter than their surroundings by this factor of them may be hot; of that many passes each sees fewer."""
+"""Pixels may be hot if they exceed their surroundings by this factor. They are looked for so many times, each time
+without those that were found before."""
 _ABOVE_NOISE = 10.0
-"""They exceed the deviation of small features by this factor, too: a background near 0 is all noise."""
+"""Hot pixels also exceed the deviation of small features by this factor: noise exceeds a background near 0."""
 _FEWEST = 0.9
-"""Fraction of the pixels that are left; more that stand out are the pattern."""
+"""At least this fraction of the pixels must be left: if more stand out, they are the pattern."""
 LITTLE_DRIFT = "too small to tell the detector's pattern from the sample's"
 """Phrase in the history of a reference whose frames drifted by less than :data:`~.rounds.LEAST_DRIFT`."""
 
@@ -123,9 +125,9 @@ def iterated_reference(
     No frame is registered with a mean that contains it, since its own noise would keep it where it was: the frames of
     either half are registered with the mean of the other half. ``reference`` is the mean of the unaligned frames,
     smeared by their drift. The result has the noise of the mean, and is valid wherever at least half of the frames
-    observed the pixel. ``iterations`` is the largest number of rounds; they end where shifts change by less than a
-    tenth of their error. ``asked`` is the number of frames before unusable ones were left out, for the history. For
-    ``with_map`` see :mod:`~.detector_map`.
+    observed the pixel. ``iterations`` is the largest number of rounds, before more of them undo what scatter or the
+    detector's pattern does; they end where shifts change by less than a tenth of their error. ``asked`` is the number
+    of frames before unusable ones were left out, for the history. For ``with_map`` see :mod:`~.detector_map`.
     """
     if iterations == 0 or len(indices) < 2:
         return reference
@@ -155,34 +157,39 @@ def iterated_reference(
 def _unlocked(
     read: Read, usable: Sequence[int], reference: Reference, iterations: int, locked: Round, used: int
 ) -> Round | None:
-    """Align frames less what their plain mean shows; None where they do not drift much more then.
+    """Align frames without what may hold them where they are; None if they do not drift much more then.
 
     A strong pattern of the detector keeps frames where they are, so that it cannot be told from the sample's. In the
-    plain mean it is as in every frame, while a pattern that drifts is smeared. Bright clusters are left out first.
-    Small features are subtracted next, only until the pattern of the detector is found.
+    plain mean it is as in every frame, while a pattern that drifts is smeared. First, bright clusters of pixels are
+    left out. If that does not free the frames, small features of the plain mean are subtracted from them, but only
+    until the pattern of the detector is found.
     """
-
-    def freed(given: Reference, guess: DetectorMap | None = None) -> Round | None:
-        aligned = _guided_rounds(read, usable, given, iterations, guess)
-        if aligned is None or aligned.drift < LEAST_DRIFT:
-            return None
-        found, least = with_maps(read, aligned, given if guess is None else reference), ENOUGH * len(usable)
-        moves = found.drift >= LEAST_DRIFT and (found.drift >= _FREED * locked.drift or used < least)
-        certain = found.drift > _CERTAIN * found.whole.sigma and found.whole.used >= least
-        return found if moves and certain and not found.is_guessed else None
-
+    least = LEAST_DRIFT if used < ENOUGH * len(usable) else max(LEAST_DRIFT, _FREED * locked.drift)
     clear = _without_clusters(reference)
-    found = None if clear is None else freed(clear)
-    if found is not None:
-        return found
-    guess = _guess(reference, sharp_structure(reference.image, reference.frame_mask))
-    return freed(_without(reference, guess), guess)
+    if clear is not None:
+        aligned = _guided_rounds(read, usable, clear, iterations)
+        found = _freed(read, aligned, clear, least, ENOUGH * len(usable))
+        if found is not None:
+            return found
+    guess, without = _less(reference, sharp_structure(reference.image, reference.frame_mask))
+    aligned = _guided_rounds(read, usable, without, iterations, guess)
+    return _freed(read, aligned, reference, least, ENOUGH * len(usable))
+
+
+def _freed(read: Read, aligned: Round | None, given: Reference, least_drift: float, least_used: float) -> Round | None:
+    """Go on with maps of the detector; None if the frames drift too little, or too few of them are registered."""
+    if aligned is None or aligned.drift < LEAST_DRIFT:
+        return None
+    found = with_maps(read, aligned, given)
+    if found.is_guessed or found.whole.used < least_used:
+        return None
+    return found if found.drift >= least_drift and found.drift > _CERTAIN * found.whole.sigma else None
 
 
 def _without_clusters(reference: Reference) -> Reference | None:
-    """Return a plain mean without pixels that are far brighter than what is around them; None without a few of these.
+    """Return a plain mean without pixels that are far brighter than their surroundings, as clusters of hot pixels are.
 
-    Clusters of hot pixels are; spots that drift are smeared.
+    Spots that drift are smeared. Return None if there are no such pixels, or too many.
     """
     mean, mask, valid = reference.image, reference.frame_mask, reference.frame_mask
     for _ in range(_PASSES):
@@ -198,21 +205,14 @@ def _without_clusters(reference: Reference) -> Reference | None:
     return reference.replace(mask=left, frame_mask=valid)
 
 
-def _guess(reference: Reference, structure: Image) -> DetectorMap:
-    """Return a map whose offsets are some structure of a mean, in corrected counts (y, x)."""
+def _less(reference: Reference, structure: Image) -> tuple[DetectorMap, Reference]:
+    """Return a map that subtracts some structure of a mean, corrected counts (y, x), and the mean of such frames."""
     given = 1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
-    return DetectorMap.without_pattern(reference.frame_mask)._replace(
+    guess = DetectorMap.without_pattern(reference.frame_mask)._replace(
         offset=(structure * given).astype(np.float32), spread=Spread(0.0, 1.0), guessed=True
     )
-
-
-def _without(reference: Reference, guess: DetectorMap) -> Reference:
-    """Return the mean of frames that are corrected by a guess, too."""
-    response = (
-        1.0 if reference.corrections is None or reference.corrections.gain is None else reference.corrections.gain
-    )
-    image = (reference.image - guess.offset / response).astype(np.float32)
-    return reference_with_map(reference, guess, reference).replace(image=image)
+    image = (reference.image - structure).astype(np.float32)
+    return guess, reference_with_map(reference, guess, reference).replace(image=image)
 
 
 def _guided_rounds(

@@ -20,7 +20,7 @@ _WIDTHS = 8
 _ACROSS = 4
 """At least this many squares lie along the shorter axis of the image."""
 _LEAST_ACROSS = 3
-"""As many are enough where squares are asked for."""
+"""So many squares along the shorter axis are enough where they are asked for at any price."""
 _VARIANCE_LOSS = 0.05
 """Squares may enlarge the variance of shifts by this fraction, compared with squares of the next larger side."""
 _LARGEST_LOSS = 2.0
@@ -31,16 +31,16 @@ _SINGULAR = 1e-10
 """Directions with a smaller fraction of the largest singular value are not determined by the bins of a square."""
 
 
-def choose_square(draft: Draft, *, always: bool = False) -> tuple[int, Draft]:
+def choose_square(draft: Draft, *, at_any_price: bool = False) -> tuple[int, Draft]:
     """Return the side of the smallest squares, pixels, that hardly enlarge the expected errors, and templates for them.
 
     The side is 0 and the templates are as they were if there are no such squares, or if noise hides the features: the
-    glow is all that such a reference shows, as a single frame with few counts. ``always``: they may enlarge the errors
-    by any factor, compared with none, and be larger.
+    glow is all that such a reference shows, as a single frame with few counts. With ``at_any_price`` squares
+    may enlarge the errors by any factor, and the smallest ones that are possible are taken.
     """
     least = _WIDTHS * draft.smoothed.width
-    most = min(draft.smoothed.image.shape) / (_LEAST_ACROSS if always else _ACROSS)
-    limit = np.finfo(np.float64).max if always else _LARGEST_LOSS * draft.expected_variance()
+    most = min(draft.smoothed.image.shape) / (_LEAST_ACROSS if at_any_price else _ACROSS)
+    limit = np.finfo(np.float64).max if at_any_price else _LARGEST_LOSS * draft.expected_variance()
     square, best = 0, draft
     for side in (side for side in reversed(_SIDES) if least <= side <= most):
         smaller = without_local_changes(draft, side)
@@ -48,7 +48,7 @@ def choose_square(draft: Draft, *, always: bool = False) -> tuple[int, Draft]:
         if not variance <= limit < np.inf or not _shows_features(smaller):
             break
         square, best = side, smaller
-        if not always:
+        if not at_any_price:
             limit = min(limit, (1 + _VARIANCE_LOSS) * variance)
     return square, best
 

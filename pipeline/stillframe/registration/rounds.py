@@ -1,12 +1,13 @@
 """Rounds in which frames are aligned and averaged anew, each half of them with the mean of the other half.
 
-First until the shifts no longer change (:func:`rounds_until_still`), then with maps of what stays on the detector
-(:func:`with_maps`).
+First until the shifts no longer change (:func:`rounds_until_still`), then, if smooth scatter draws them, without what
+is smooth (:func:`without_scatter`), then with maps of what stays on the detector (:func:`with_maps`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,9 +29,9 @@ LEAST_DRIFT = 1.0
 _MAPS, _MAPS_WITH_OFFSETS = 6, 12
 """How often what does not move with the pattern is looked for; more often where offsets were found."""
 _DRAWN, _LEAST_DRAWN = 3.0, 0.001
-"""Scatter draws shifts if they follow the drift too little by so many standard errors, and by this fraction of it."""
+"""Scatter draws shifts if these are too small by so many standard errors, and by this fraction."""
 _MOST_ROUNDS = 12
-"""Number of rounds in which frames that scatter drew are freed."""
+"""At most so many rounds are made where scatter drew the frames."""
 _LARGEST_RATIO = 0.8
 """Largest ratio of a step to the one before, of shifts that approach their limit."""
 
@@ -152,13 +153,15 @@ def rounds_until_still(
 
 
 def without_scatter(read: Read, current: Round, iterations: int) -> Round | None:
-    """Repeat rounds with templates that smooth scatter does not draw; None where they cannot, or where it draws none.
+    """Repeat rounds with templates that do not respond to smooth scatter.
+
+    Return None if scatter does not draw the shifts, or if too few frames can be registered with such templates.
 
     Shifts with and without such templates are compared, as by J. A. Hausman, Econometrica 46, 1251 (1978): both are
     right, and those without are more precise, unless scatter draws them (63).
     """
-    drawn = [_drawn(read, half, frames) for half, frames in zip(current.halves, current.frames, strict=True)]
-    product, square, variance = np.sum(drawn, axis=0)
+    pulls = [_pull(read, half, frames) for half, frames in zip(current.halves, current.frames, strict=True)]
+    product, square, variance = (sum(terms) for terms in zip(*pulls, strict=True))
     if not -product > _DRAWN * np.sqrt(variance) or -product < _LEAST_DRAWN * square:
         return None
     guides = [guide.replace(against_scatter=True) for guide in _exchanged([half.mean() for half in current.halves])]
@@ -169,15 +172,25 @@ def without_scatter(read: Read, current: Round, iterations: int) -> Round | None
     return found if all(half.template.square for half in found.halves) else None
 
 
-def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
-    """Return how frames are drawn: Σ d s, Σ s² and a bound of the variance of the first (63)."""
-    nothing = np.zeros(3)
+class _Pull(NamedTuple):
+    """Sums over the frames of one half that tell whether scatter draws their shifts s (63); d = s − s′."""
+
+    product: float = 0.0
+    """Σ d s, px²; negative if shifts are too small."""
+    square: float = 0.0
+    """Σ s², px²."""
+    variance: float = 0.0
+    """Upper bound of the variance of the product, px⁴."""
+
+
+def _pull(read: Read, half: AlignedSum, frames: Sequence[int]) -> _Pull:
+    """Register the frames of one half again, with templates that do not respond to scatter, and compare the shifts."""
     if half.template.square or half.guide.against_scatter:
-        return nothing
+        return _Pull()
     guide = half.guide.replace(against_scatter=True)
     template = prepare(guide).template
     if template is None or not template.square:
-        return nothing
+        return _Pull()
     pairs = [
         (shift, match)
         for shift, number in zip(half.shifts, half.numbers, strict=True)
@@ -186,12 +199,13 @@ def _drawn(read: Read, half: AlignedSum, frames: Sequence[int]) -> Image:
         if not match["flag"]
     ]
     if len(pairs) < 2:
-        return nothing
+        return _Pull()
     precise = np.array([shift for shift, _ in pairs])
     robust = np.array([[match["dy"], match["dx"]] for _, match in pairs], np.float64)
     error = np.array([[match["sigma_y"], match["sigma_x"]] for _, match in pairs], np.float64)
     precise, robust = precise - precise.mean(axis=0), robust - robust.mean(axis=0)
-    return np.array([((precise - robust) * precise).sum(), (precise**2).sum(), (error**2 * precise**2).sum()])
+    sums = ((precise - robust) * precise).sum(), (precise**2).sum(), (error**2 * precise**2).sum()
+    return _Pull(*map(float, sums))
 
 
 def _one_round(

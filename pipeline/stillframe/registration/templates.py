@@ -187,12 +187,17 @@ def prepare_template(
     draft = best_binned(unbinned, mask if frame_mask is None else frame_mask)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
-    return _template(*choose_square(draft, always=against_scatter), noise, level)
+    return _template(*choose_square(draft, at_any_price=against_scatter), noise, level)
 
 
 def _smoothing_in_squares(image: Image, mask: Mask, noise: Noise) -> float | None:
-    """Return the smoothing, pixels, with the smallest squares, and of these the smallest errors; None without any."""
-    found = [choose_square(Draft.of(Smoothed.of(image, mask, noise, width), 1), always=True) for width in SMOOTHINGS]
+    """Return the smoothing, pixels, that allows the smallest squares; of several, the one with the smallest errors.
+
+    Return None if none allows squares.
+    """
+    found = [
+        choose_square(Draft.of(Smoothed.of(image, mask, noise, width), 1), at_any_price=True) for width in SMOOTHINGS
+    ]
     inside = [(square, draft.expected_variance(), draft.smoothed.width) for square, draft in found if square]
     return min(inside)[2] if inside else None
 
