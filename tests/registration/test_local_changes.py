@@ -112,7 +112,7 @@ def test_scatter_in_a_small_image_does_not_pull(kind, counts):
 @pytest.mark.slow
 def test_the_same_scatter_pulls_where_templates_see_it(monkeypatch):
     """Without squares: the test above would fail for its reason."""
-    monkeypatch.setattr("stillframe.registration.templates.choose_square", lambda draft: (0, draft))
+    monkeypatch.setattr("stillframe.registration.templates.choose_square", lambda draft, **_: (0, draft))
     pattern, dose = PATTERNS["rings"]
     mean = dose * pattern((0, 0)).mean()
     frames, shifts = stack(lambda shift, _: dose * pattern(shift) + 3 * mean * SCATTER / SCATTER.mean(), frames=20)
