@@ -89,6 +89,15 @@ class TestBadPixels:
         assert (found & hot).sum() > 0.98 * hot.sum()
         assert (found & ~hot).sum() < 0.001 * image.size
 
+    @pytest.mark.parametrize("counts", [0.01, 0.1, 0.5])
+    def test_are_no_single_counts(self, counts):
+        """Where most pixels of all frames together have no count, a median says nothing about the others."""
+        rng, _, mask = self.scene()
+        image = rng.poisson(counts * (0.2 + 2 * (np.indices(mask.shape)[0] > 80))) / 16
+        assert bad_pixels(image, mask).sum() <= 2
+        image[::40, ::40] += 40 / 16
+        assert bad_pixels(image, mask)[::40, ::40].all()
+
     def test_are_dead_ones_too(self):
         _, image, mask = self.scene()
         image[80, 115], image[35, 70] = 0, 0

@@ -10,6 +10,7 @@ from stillframe.registration.acceptance import (
     beyond_window,
     contested,
     decisive,
+    elongated,
     least_significance,
     reaches_least_score,
     self_similar,
@@ -17,6 +18,7 @@ from stillframe.registration.acceptance import (
     unusable,
     without_pattern,
 )
+from stillframe.registration.elongation import Elongation
 from stillframe.registration.estimate import Estimate
 from stillframe.registration.peak import Peak
 
@@ -31,6 +33,7 @@ ESTIMATE = Estimate(
     significance=50.0,
     mismatch=0.0,
     mismatch_significance=0.0,
+    elongation=Elongation(amount=0.0, significance=1.0, broadening=0.0, size=10.0),
     start=(1, 2),
     product=0.0,
 )
@@ -117,3 +120,20 @@ def test_a_peak_at_the_border_or_beyond_is_noticed():
 def test_lattices_and_rings_resemble_themselves():
     assert self_similar(0.95)
     assert not self_similar(0.35)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_elongated"),
+    [
+        ({}, True),
+        ({"significance": 5.25}, False),
+        ({"significance": 5.26}, True),
+        ({"amount": 1.4}, False),
+        ({"amount": 0.9, "size": 2.0}, False),
+        ({"amount": 1.1, "size": 2.0}, True),
+        ({"broadening": -2.1}, False),
+        ({"broadening": -1.9}, True),
+    ],
+)
+def test_features_are_elongated_if_it_is_certain_and_much_and_the_reference_is_not_smeared(change, is_elongated):
+    assert elongated(Elongation(4.0, 9.0, 4.0, 10.0)._replace(**change)) == is_elongated

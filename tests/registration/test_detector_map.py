@@ -208,10 +208,10 @@ def test_a_map_goes_no_further_than_what_pixels_usually_have():
     assert (other.extrapolated(DetectorMap.without_pattern(EVERYWHERE), 2).gain == other.gain).all()
 
 
-def errors_over_sigma(frames, shifts, reference):
+def errors_over_sigma(frames, shifts, reference, least_good=0.9):
     matches = sf.match_frames(frames, reference)
     good = matches["flag"] == 0
-    assert good.mean() > 0.9
+    assert good.mean() > least_good
     errors = np.stack([matches["dy"], matches["dx"]], axis=1) - shifts
     errors -= errors[good].mean(axis=0)
     sigma = np.stack([matches["sigma_y"], matches["sigma_x"]], axis=1)
@@ -230,7 +230,8 @@ class TestReferences:
         open_[52:76, 40:] = False
         frames = np.random.default_rng(5).poisson(np.where(open_, patterns, 2)).astype(np.uint16)
         without = make(frames, detector_map=False)
-        rms_pulled, z_pulled = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], without)
+        # Some of the frames that the block pulls seem to be elongated.
+        rms_pulled, z_pulled = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], without, least_good=0.4)
         found = make(frames)
         rms, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
         rms_masked, _ = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], make(frames, open_))
@@ -259,9 +260,9 @@ class TestReferences:
         plain, found = make(frames, detector_map=False), make(frames)
         assert plain.dark is None and found.dark is not None
         assert "offsets of pixels that differ by" in found.history and "too small" not in found.history
-        (before, z_before), (after, z) = (
-            errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], one) for one in (plain, found)
-        )
+        # Some of the frames that offsets pull seem to be elongated.
+        before, z_before = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], plain, least_good=0.4)
+        after, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
         assert z_before > 3 and z < 1.5
         assert after < 0.5 * before
 

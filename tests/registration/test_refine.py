@@ -210,9 +210,9 @@ class TestIteratedReference:
 
     def test_says_so_where_frames_cannot_be_laid_on_one_another(self):
         noise = np.random.default_rng(0).poisson(5, (16, 64, 64))
-        with pytest.warns(UserWarning, match="cannot be aligned with one another"):
-            reference = make_reference(noise, iterations=3, max_shift=8)
-        assert reference.history == "mean of 16 of 16 frames, not aligned"
+        with pytest.raises(ValueError, match="16 frames of the reference cannot be aligned with one another"):
+            make_reference(noise, iterations=3, max_shift=8)
+        assert make_reference(noise, iterations=0, max_shift=8).history == "mean of 16 of 16 frames, not aligned"
 
     @pytest.mark.parametrize("jump", [(-11.2, 13.3), (20.0, 5.0)])
     @pytest.mark.parametrize("pattern", ["rings", pytest.param("spots", marks=pytest.mark.slow)])

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
 
-from stillframe.images.arrays import Image, Mask, Pixels
-from stillframe.images.noise import Noise, residual_limit, smooth, variance_of
+from stillframe.images.arrays import Image, Indices, Mask, Pixels
+from stillframe.images.noise import Noise, residual_limit, skewness_allowance, smooth, variance_of
 
 _DEVIATIONS = 8.0
 """An isolated pixel is higher than its surroundings by at least this many standard deviations of the noise."""
@@ -39,6 +39,10 @@ _FILLING = 1.0
 """Standard deviation, pixels, of the Gaussian that gives what is around a small hole."""
 _GROUP_PIXELS, _MOST_GROUPS = 1000, 64
 """Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
+_SINGLE_COUNTS = 0.1
+"""Quantile of the pixels with counts that is a single count, where most pixels have none."""
+_MANY_COUNTS = 10
+"""A pixel contributes at most so many counts to the intensity there, as it may be hot."""
 NORMAL_MEDIAN = 0.6745
 """Median absolute value of a standard normal distribution."""
 _HOLES = 2**13
@@ -88,7 +92,7 @@ def bad_pixels(image: Image, mask: Mask) -> Mask:
     bad = np.zeros_like(mask)
     for _ in range(_BAD_ROUNDS):
         ground = _median_around(image, mask & ~bad)
-        limit = _BAD_DEVIATIONS * _deviation_around(image, ground, mask & ~bad)
+        limit = _limit_around(image, ground, mask & ~bad)
         found = _bad_lines(np.abs(image - ground) > limit, mask & ~bad)
         for sign in (1, -1):
             rows, columns = np.nonzero(mask & ~bad & ~found & (sign * (image - ground) > limit))
@@ -159,14 +163,38 @@ def _median_around(image: Image, mask: Mask) -> Image:
     return np.asarray(scipy.ndimage.median_filter(filled, size=2 * _HALF_WIDTH + 1, mode="nearest"))
 
 
-def _deviation_around(image: Image, ground: Image, mask: Mask) -> Image:
-    """Return the standard deviation of pixels around these medians, measured at pixels of like medians (54)."""
+def _limit_around(image: Image, ground: Image, mask: Mask) -> Image:
+    """Return the least deviation of a bad pixel from these medians, measured at pixels of like medians (54)."""
     order = np.argsort(ground[mask], kind="stable")
     groups = np.array_split(order, np.clip(len(order) // _GROUP_PIXELS, 1, _MOST_GROUPS))
     levels, deviations = ground[mask], np.abs(image - ground)[mask]
     middles = [float(np.median(levels[group])) for group in groups]
-    scatter = [float(np.median(deviations[group])) / NORMAL_MEDIAN for group in groups]
-    return np.interp(ground, middles, scatter)
+    limit = np.interp(ground, middles, [_BAD_DEVIATIONS * _spread(deviations[group]) for group in groups])
+    sparse = [group for group in groups if not np.median(deviations[group]) > 0]
+    if not sparse:
+        return limit
+    places = np.concatenate(sparse)
+    of_counts = _limit_of_counts(np.abs(image - ground), mask, places)
+    return np.where(ground <= levels[places].max(), np.maximum(limit, of_counts), limit)
+
+
+def _spread(deviations: Image) -> float:
+    """Return the standard deviation of a normal distribution with this median of absolute deviations."""
+    return float(np.median(deviations)) / NORMAL_MEDIAN
+
+
+def _limit_of_counts(deviations: Image, mask: Mask, sparse: Indices) -> Image:
+    """Return the limit where more than half of the pixels have no count, so that medians say nothing (54).
+
+    ``sparse`` are indices of such pixels among the valid ones.
+    """
+    counted = deviations[mask][sparse]
+    counted = counted[counted > 0]
+    if not len(counted):
+        return np.zeros_like(deviations)
+    count = float(np.quantile(counted, _SINGLE_COUNTS))
+    usual = smooth(np.minimum(deviations, _MANY_COUNTS * count), mask, _SMOOTHING)
+    return _BAD_DEVIATIONS * np.sqrt(count * usual) + skewness_allowance(count, _BAD_DEVIATIONS)
 
 
 def _stand_alone(

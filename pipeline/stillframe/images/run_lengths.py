@@ -90,3 +90,11 @@ def _count_runs(row: npt.NDArray[np.uint8]) -> int:
     for x in range(1, len(row)):
         count += row[x] > row[x - 1]
     return int(count)
+
+
+def inside_of(runs: Runs, shape: tuple[int, ...]) -> Mask:
+    """Return True for the bins of the runs."""
+    steps = np.zeros((shape[0], shape[1] + 1), np.int8)
+    steps[runs[:, 0], runs[:, 1]] += 1
+    steps[runs[:, 0], runs[:, 2]] -= 1
+    return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)

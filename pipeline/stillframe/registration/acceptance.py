@@ -14,6 +14,7 @@ import scipy.special
 
 from stillframe.flags import Flag
 from stillframe.images.statistics import Statistics
+from stillframe.registration.elongation import Elongation
 from stillframe.registration.estimate import Estimate
 from stillframe.registration.peak import ROUNDING, Peak
 
@@ -35,6 +36,10 @@ _SAMPLING_LOSS = 0.05
 """Fraction of a score that sampling at whole pixels may hide."""
 _MISMATCH = 0.3
 """A frame shows another pattern if the reference leaves more than this fraction of its structure unexplained."""
+_ELONGATION = 0.15
+"""Features may be elongated by this fraction of their own second moment."""
+_LEAST_ELONGATION = 1.0
+"""Features may be elongated by this second moment, px²: that of two exposures 2 px apart."""
 OUTSIDE = 0.5
 """A refined shift may lie this far outside the searched window, pixels."""
 
@@ -88,14 +93,26 @@ def reaches_least_score(peak: Peak) -> bool:
 
 
 def shows_pattern(estimate: Estimate, lags: int) -> bool:
-    """Return whether the frame shows mainly the reference's pattern at the refined shift (40, 41).
+    """Return whether the frame shows mainly the reference's pattern, once, at the refined shift (40, 41, 64).
 
     A self-similar pattern such as rings can match one ring with another when its true shift lies outside the window.
     Much of the frame's structure is then left unexplained.
     """
     least = least_significance(lags)
     other_pattern = estimate.mismatch > _MISMATCH and estimate.mismatch_significance > least
-    return estimate.significance >= least and not other_pattern
+    return estimate.significance >= least and not other_pattern and not elongated(estimate.elongation)
+
+
+def elongated(features: Elongation) -> bool:
+    """Return whether the features of a frame are certainly longer along one direction, as in a double exposure (64).
+
+    Noise exceeds the significance with a probability of 1e-6 (a χ² distribution with two degrees of freedom). Features
+    that are narrower than those of the reference show that the reference is smeared.
+    """
+    certain = features.significance**2 > -2 * np.log(_FALSE_ALARM)
+    amount = max(_LEAST_ELONGATION, _ELONGATION * features.size)
+    narrower = features.broadening < -features.amount / 2
+    return bool(certain and features.amount > amount and not narrower)
 
 
 def decisive(peak: Peak) -> bool:

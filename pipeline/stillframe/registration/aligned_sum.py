@@ -17,7 +17,7 @@ from stillframe.images.run_lengths import RowRuns
 from stillframe.registration.detector_map import DetectorMap
 from stillframe.registration.detector_sums import DetectorSums
 from stillframe.registration.estimate import Estimate
-from stillframe.registration.match import match_frames
+from stillframe.registration.match import match_with_guide
 from stillframe.registration.prepared_reference import PreparedReference, prepare
 from stillframe.registration.reference import Reference
 from stillframe.registration.reference_frames import BATCH, Read, unsaturated
@@ -30,8 +30,11 @@ _MODEL_ERROR = 0.1
 """Error of the model that is tolerated besides, as a fraction of the intensity."""
 _UNKNOWN = 1e8
 """Variance of a model's pixels where it has a hole, in units of the largest other one."""
-_LEAST_TRIMMED = 4
-"""In the first round, the highest value of each pixel is left out if at least so many frames observed it."""
+_LEAST_TRIMMED, _LEAST_KEPT = 4, 0.3
+"""In the first round, the highest value of each pixel is left out if at least so many frames observed it, unless less
+than this fraction of all counts would be left."""
+_HIT = 3.0
+"""It is left out then if it exceeds the others by so many standard deviations, corrected for the skewness of counts."""
 _LEAST_VARIANCE = 1e-3
 """A frame whose variance is a smaller fraction of the reference's was aligned with itself."""
 
@@ -92,11 +95,31 @@ class AlignedSum:
             added=self.added + other.added,
         )
 
-    def without_highest(self) -> "AlignedSum":
-        """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way."""
+    def without_hits(self) -> "AlignedSum":
+        """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way.
+
+        Where that would take most counts, as each pixel has a few in all frames together, only highest values stay out
+        that the other frames do not explain.
+        """
         several = self.counts >= _LEAST_TRIMMED
+        others = self._without_highest(several)
+        if others._counts_above_pedestal >= _LEAST_KEPT * self._counts_above_pedestal:
+            return others
+        observed, level = others.gains > 0, self.template.level
+        mean = np.divide(others.total, others.gains, out=np.zeros_like(self.total), where=observed)
+        soft = smooth(mean, observed, self.template.smoothing)
+        noise = self.prepared.noise.of_mean(float(np.mean([one.variance for one in self.estimates])))
+        limit = residual_limit(variance_of(soft + level, observed, noise), max(noise.gain, 0.0), _HIT)
+        above = self.highest - self.gain_of_highest * np.maximum(soft, mean)
+        return self._without_highest(several & (above > limit))
+
+    @property
+    def _counts_above_pedestal(self) -> float:
+        return float(self.total.sum() + self.gains.sum() * (self.template.level - self.prepared.noise.pedestal))
+
+    def _without_highest(self, places: Mask) -> "AlignedSum":
         total, gains = (
-            one - np.where(several, highest, 0)
+            one - np.where(places, highest, 0)
             for one, highest in ((self.total, self.highest), (self.gains, self.gain_of_highest))
         )
         return replace(self, total=total, gains=gains)
@@ -104,7 +127,7 @@ class AlignedSum:
     def add(self, frame: Pixels) -> None:
         """Align a frame and add its pixels that are no outliers; a frame without a shift is left out."""
         self.added += 1
-        (match,) = match_frames(frame[None], self.guide)
+        (match,) = match_with_guide(frame[None], self.guide)
         if np.isnan(match["dy"]):
             return
         start = round(float(match["dy"])), round(float(match["dx"]))
@@ -201,7 +224,7 @@ def sum_aligned(
     for first in range(0, len(indices), BATCH):
         for frame in read(indices[first : first + BATCH]):
             total.add(frame)
-    return total if model is not None or total.used < _LEAST_TRIMMED else total.without_highest()
+    return total if model is not None or total.used < _LEAST_TRIMMED else total.without_hits()
 
 
 def _model_of(reference: Reference, template: Template) -> Image:

@@ -6,7 +6,6 @@ and average them where the reference is, until the shifts no longer change (:mod
 the shifts, go on with templates that do not respond to it.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,12 +133,11 @@ def iterated_reference(
     usable = _usable(read, indices, reference)
     guide, registered = best_guide(read, usable, reference)
     if guide is None or len(registered) < 2:
-        warnings.warn(
-            f"the {asked} frames of the reference cannot be aligned with one another: each holds too little of "
-            "a pattern. Their plain mean is used, smeared by their drift; average more frames, or choose others.",
-            stacklevel=2,
+        raise ValueError(
+            f"the {asked} frames of the reference cannot be aligned with one another: each, and their mean, holds too "
+            "little of a pattern. Is the mask inverted? Average more frames, choose others (--reference), or take "
+            "their plain mean, smeared by their drift (--reference-iterations 0)."
         )
-        return reference
     aligned = _rounds(read, usable, registered, guide, iterations)
     if aligned is None:
         return guide

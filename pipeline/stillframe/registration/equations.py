@@ -9,7 +9,8 @@ import numba
 import numpy as np
 
 from stillframe.images.arrays import Image
-from stillframe.registration.bin_pass import PassSums, Prediction
+from stillframe.registration.bin_pass import PassSums
+from stillframe.registration.prediction import Prediction
 from stillframe.registration.template_draft import REACH, SIZE
 from stillframe.registration.templates import Support
 

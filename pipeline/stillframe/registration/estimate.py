@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from stillframe.images.arrays import Image, Shift
-from stillframe.images.binning import SingleFrame
+from stillframe.images.binning import MovedBins, SingleFrame
 from stillframe.registration.bin_pass import NEAR_PAIRS, PassSums
+from stillframe.registration.elongation import Elongation, elongation_of
 from stillframe.registration.equations import Solution
+from stillframe.registration.prediction import Prediction
 from stillframe.registration.templates import LocalStructure, Template
 
 _LEAST_OWN_SCATTER = 0.1
@@ -38,6 +40,8 @@ class Estimate(NamedTuple):
     """Fraction of the frame's structure, without its noise, that the reference does not explain at this shift (40)."""
     mismatch_significance: float
     """The unexplained structure in standard errors under pure noise."""
+    elongation: Elongation
+    """How much farther its features extend along one direction than those of the reference (64)."""
     start: Shift
     """Whole-pixel shift that was applied."""
     product: float
@@ -45,11 +49,11 @@ class Estimate(NamedTuple):
 
 
 def estimate_of(
-    solution: Solution, template: Template, frame: SingleFrame, start: Shift, product: float
+    solution: Solution, template: Template, frame: SingleFrame, start: Shift, bins: MovedBins, prediction: Prediction
 ) -> Estimate | None:
     """Return the estimate of a solution over all bins, in units of the frame; None without a finite covariance.
 
-    ``start`` and ``product`` are those of the frame that was moved.
+    ``start`` is the whole-pixel shift that ``bins`` have, and ``prediction`` is made from the solution.
     """
     parameters, gain = solution.parameters, solution.parameters.gain
     covariance = _covariance(solution, template)
@@ -67,8 +71,9 @@ def estimate_of(
         significance=gain / deviation if deviation > 0 else np.inf,
         mismatch=mismatch,
         mismatch_significance=mismatch_significance,
+        elongation=elongation_of(template, bins, prediction, _inflation(solution.sums, solution.used)),
         start=start,
-        product=product,
+        product=bins.product,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stillframe.images.arrays import Image, Pixels
-from stillframe.registration.match import match_frames
+from stillframe.registration.match import match_with_guide
 from stillframe.registration.prepared_reference import prepare
 from stillframe.registration.reference import Reference
 from stillframe.registration.reference_frames import Read, corrected, unsaturated
@@ -69,7 +69,7 @@ def _guides(read: Read, usable: Sequence[int], reference: Reference) -> Iterator
 
 def _shifts(read: Read, usable: Sequence[int], guide: Reference) -> dict[int, Image]:
     """Return the shifts of the frames that can be registered with a guide."""
-    matches = {index: match_frames(read([index]), guide)[0] for index in usable}
+    matches = {index: match_with_guide(read([index]), guide)[0] for index in usable}
     return {index: np.array([match["dy"], match["dx"]]) for index, match in matches.items() if np.isfinite(match["dy"])}
 
 

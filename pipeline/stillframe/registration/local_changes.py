@@ -59,14 +59,16 @@ def without_local_changes(draft: Draft, square: int) -> Draft:
     The templates of the shift are orthogonal to parabolas and to the pattern itself, that of the gain to parabolas.
     """
     slopes, soft = draft.slopes.copy(), draft.soft.copy()
-    for place in _squares(draft.support.shape, square // draft.side):
+    for place in rectangles(draft.support.shape, (square // draft.side,) * 2):
         inside = draft.support[place]
         if not inside.any():
             continue
         weight, pattern = draft.weight[place][inside], draft.soft[place][inside]
-        parabola = _parabola(inside)
-        slopes[:, *place][:, inside] = _remainder(slopes[:, *place][:, inside], np.vstack([parabola, pattern]), weight)
-        soft[place][inside] = _remainder(pattern[None], parabola, weight)[0]
+        parabola = parabola_of(inside)
+        slopes[:, *place][:, inside] = remainder_of(
+            slopes[:, *place][:, inside], np.vstack([parabola, pattern]), weight
+        )
+        soft[place][inside] = remainder_of(pattern[None], parabola, weight)[0]
     return replace(draft, slopes=slopes, soft=soft)
 
 
@@ -77,9 +79,9 @@ def _shows_features(draft: Draft) -> bool:
     return abs(shared) < _LARGEST_SHARED_NOISE * float(template @ image)
 
 
-def _squares(shape: tuple[int, ...], side: int) -> Iterator[tuple[slice, slice]]:
-    """Yield all squares of this side, bins; the last ones of rows and columns are larger."""
-    rows, columns = (_parts(length, side) for length in shape)
+def rectangles(shape: tuple[int, ...], sides: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Yield all rectangles of these sides, bins; the last ones of rows and columns are larger."""
+    rows, columns = (_parts(length, side) for length, side in zip(shape, sides, strict=True))
     return ((row, column) for row in rows for column in columns)
 
 
@@ -88,13 +90,13 @@ def _parts(length: int, side: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length], strict=True)]
 
 
-def _parabola(inside: Mask) -> Image:
+def parabola_of(inside: Mask) -> Image:
     """Return the terms of a parabola over the bins of a square, (6, bin)."""
     y, x = (2 * places / max(length, 1) - 1 for places, length in zip(np.nonzero(inside), inside.shape, strict=True))
     return np.stack([np.ones_like(y), y, x, y * y, y * x, x * x])
 
 
-def _remainder(fields: Image, terms: Image, weight: Image) -> Image:
+def remainder_of(fields: Image, terms: Image, weight: Image) -> Image:
     """Return fields (k, bin) less the combination of terms (n, bin) that fits them best."""
     root = np.sqrt(weight)
     scale = np.sqrt((terms**2 @ weight)[:, None])

@@ -93,15 +93,26 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
     >>> print(f"{matches['dy'][0]:.1f} {matches['dx'][0]:.1f}")
     -3.0 2.0
     """
+    return _matches(array, masks, prepare(reference))
+
+
+def match_with_guide(array: npt.ArrayLike, guide: Reference, *, masks: npt.ArrayLike | None = None) -> Matches:
+    """Find the shifts of frames as :func:`match_frames` does, while a reference is made.
+
+    A guide may be smeared, or hold a pattern of the detector, so that features of good frames seem to be elongated.
+    """
+    return _matches(array, masks, prepare(guide).without_elongation)
+
+
+def _matches(array: npt.ArrayLike, masks: npt.ArrayLike | None, prepared: PreparedReference) -> Matches:
     frames = real(array, "the stack of frames", 3)
-    if frames.shape[1:] != reference.shape:
+    if frames.shape[1:] != prepared.image.shape:
         raise ValueError(
-            f"the frames have shape {frames.shape[1:]} but the reference has {reference.shape}: they must come from "
-            "the same detector. Crop or bin both alike."
+            f"the frames have shape {frames.shape[1:]} but the reference has {prepared.image.shape}: they must come "
+            "from the same detector. Crop or bin both alike."
         )
     valid = _frame_masks(masks, frames.shape)
     matches = np.empty(len(frames), MATCH_DTYPE)
-    prepared = prepare(reference)
     for index, frame in enumerate(frames):
         own_mask = None if valid is None else valid[index]
         matches[index] = _match(native(frame, "a frame", 2), prepared, own_mask)

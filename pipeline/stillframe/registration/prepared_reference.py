@@ -6,7 +6,7 @@ first such frame comes.
 
 import threading
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -97,6 +97,11 @@ class PreparedReference:
     def contrast(self) -> float:
         """Standard deviation of the trusted pixels."""
         return self.pixels.deviation
+
+    @cached_property
+    def without_elongation(self) -> "PreparedReference":
+        """The same, but not able to tell whether features are elongated."""
+        return replace(self, template=self.template and replace(self.template, elongation=None))
 
     def survey(self, frame: Pixels, valid: ValidPixels | None = None, limit: float = np.inf) -> Survey:
         """Return statistics and bins of a frame, as :meth:`find_peak` needs them."""

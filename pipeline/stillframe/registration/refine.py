@@ -16,9 +16,10 @@ from stillframe.images.arrays import Float32, Image, Mask, Pixels, Shift
 from stillframe.images.binning import MovedBins, SingleFrame, moved_bins
 from stillframe.images.noise import skewness_allowance
 from stillframe.images.run_lengths import RowRuns, Runs
-from stillframe.registration.bin_pass import HiddenBins, Prediction, bin_pass, hidden_bins
+from stillframe.registration.bin_pass import HiddenBins, bin_pass, hidden_bins
 from stillframe.registration.equations import Parameters, Solution, solve
 from stillframe.registration.estimate import Estimate, estimate_of
+from stillframe.registration.prediction import Prediction
 from stillframe.registration.template_draft import LEAST_BINS
 from stillframe.registration.templates import BinFields, Support, Template
 
@@ -78,7 +79,8 @@ def refine(
         nearest, parameters = _from_nearest(at, solution.parameters)
         # Two starts can each lead to the other; either solution is right then.
         if nearest in tried or (nearest == at and step <= _LARGE_STEP):
-            return estimate_of(solution, template, frame, at, bins.product)
+            prediction = _prediction(solution.parameters, solution.reference_noise, template)
+            return estimate_of(solution, template, frame, at, bins, prediction)
         if nearest != at:
             tried.add(at)
         at = nearest

@@ -17,7 +17,7 @@ from stillframe.registration.aligned_sum import AlignedSum, sum_aligned
 from stillframe.registration.detector_map import DetectorMap, Spread, map_of
 from stillframe.registration.detector_sums import DetectorSums
 from stillframe.registration.first_guide import ENOUGH
-from stillframe.registration.match import match_frames
+from stillframe.registration.match import match_with_guide
 from stillframe.registration.prepared_reference import prepare
 from stillframe.registration.reference import Reference
 from stillframe.registration.reference_frames import Read
@@ -195,7 +195,7 @@ def _pull(read: Read, half: AlignedSum, frames: Sequence[int]) -> _Pull:
         (shift, match)
         for shift, number in zip(half.shifts, half.numbers, strict=True)
         for frame in read([frames[number - 1]])  # none if it cannot be read
-        for match in match_frames(frame[None], guide)
+        for match in match_with_guide(frame[None], guide)
         if not match["flag"]
     ]
     if len(pairs) < 2:
@@ -233,7 +233,7 @@ def _are_still(before: Round, now: Round) -> bool:
 
 def _exchanged(means: Sequence[Reference]) -> list[Reference]:
     """Return the guide of each half: the mean of the other half, both at one place."""
-    (match,) = match_frames(means[0].image[None], means[1].uncorrected(), masks=means[0].mask)
+    (match,) = match_with_guide(means[0].image[None], means[1].uncorrected(), masks=means[0].mask)
     shift = np.array([match["dy"], match["dx"]])
     if np.isnan(shift).any():
         return [means[1], means[0]]

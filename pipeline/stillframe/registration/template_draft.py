@@ -41,6 +41,8 @@ _SHARED_NOISE_LOSS = 0.02
 """Bins are left out only if their noise shared by templates and reference is a smaller fraction of the curvature."""
 _PULL_SEEN = 3.0
 """The measured pull of a texture over the one that (24) gives for the texture of (59)."""
+_LARGEST_LACK_OF_COUNTS = 0.5
+"""Templates of single counts, less than two of them under the Gaussian where the information is, show no pattern."""
 _LARGEST_CONDITION = 1e8
 """Above this condition number the image changes along one direction only and does not determine the other shift."""
 _MEMBER_FRACTION, _LEAST_MEMBERS = 0.05, 8
@@ -162,6 +164,13 @@ class Draft:
         chosen = replace(draft, support=_informative_bins(inner, information, side))
         return draft if chosen.follows_noise(inner) else chosen
 
+    def smoothed_by(self, width: float) -> "Draft":
+        """Return such templates over the same support, smoothed by a Gaussian of this standard deviation, pixels."""
+        if width == self.smoothed.width:
+            return self
+        smoothed = Smoothed.of(self.smoothed.image, self.smoothed.mask, self.smoothed.measured, width)
+        return replace(Draft.of(smoothed, self.side), support=self.support)
+
     def follows_noise(self, inner: Mask) -> bool:
         """Return whether noise may have decided which bins are in the support.
 
@@ -219,6 +228,8 @@ class Draft:
         if np.count_nonzero(self.support) < LEAST_BINS or self.weight.max() > _LARGEST_WEIGHT:
             return np.inf
         jacobian, shared = self._curvatures
+        if self._lack_where_informative > _LARGEST_LACK_OF_COUNTS:
+            return np.inf
         if not (np.diag(jacobian) > np.abs(np.diag(shared))).all() or is_singular(jacobian):
             return np.inf
         variance = (self._shift_templates * self.variance[self.support]) @ self._shift_templates.T
@@ -239,11 +250,22 @@ class Draft:
     @cached_property
     def _lack_of_counts(self) -> float:
         """Mean over the bins of one over the number of counts under the Gaussian: relative error of (24)."""
-        gain = self.smoothed.measured.gain
+        return float(np.mean(self._inverse_counts))
+
+    @cached_property
+    def _lack_where_informative(self) -> float:
+        """The same mean, weighted by the information of the bins."""
+        information = (self.weight * (self.slopes**2).sum(axis=0))[self.support]
+        total = float(information.sum())
+        return float(information @ self._inverse_counts) / total if total > 0 else 0.0
+
+    @cached_property
+    def _inverse_counts(self) -> Image:
+        """One over the number of counts under the Gaussian, 1 at most, over the bins of the support."""
+        gain, noise = self.smoothed.measured.gain, self.noise[self.support]
         if gain <= 0:
-            return 0.0
-        counts = 4 * np.pi * self.smoothed.width**2 * self.noise[self.support] * self.side**2 / gain**2
-        return float(np.mean(1 / np.maximum(counts, 1)))
+            return np.zeros_like(noise)
+        return np.asarray(1 / np.maximum(4 * np.pi * self.smoothed.width**2 * noise * self.side**2 / gain**2, 1))
 
     def shared_noise(self, bins: Mask, lags: Sequence[Shift], variance: Image | None = None) -> Image:
         """Return the expectation of Σ T_k(p) η(p + lag) over some bins, for the noise η (24), (4, lag).
@@ -265,8 +287,11 @@ class Draft:
         return shared
 
     @cached_property
-    def _kernels(self) -> tuple[int, Image]:
-        """Covariance of the smoothed fields at one bin with the mean of another bin, over the variance of that mean."""
+    def kernel(self) -> tuple[int, Image]:
+        """Covariance of the smoothed field at one bin with the mean of another bin, over the variance of that mean.
+
+        It is given for all distances, with the index of the distance 0.
+        """
         reach = int(4 * self.smoothed.width + 0.5) + 8
         impulse = np.zeros((2 * reach + 1, 2 * reach + 1))
         impulse[reach, reach] = 1
@@ -275,7 +300,13 @@ class Draft:
         pairs = 1 - np.abs(np.arange(1 - self.side, self.side)) / self.side
         for axis in (0, 1):
             kernel = scipy.ndimage.correlate1d(kernel, pairs, axis=axis, mode="constant")
-        return reach, np.stack([_slope(kernel, 0), _slope(kernel, 1), kernel, np.zeros_like(kernel)])
+        return reach, kernel
+
+    @cached_property
+    def _kernels(self) -> tuple[int, Image]:
+        """The kernel for the fields of all templates."""
+        middle, kernel = self.kernel
+        return middle, np.stack([_slope(kernel, 0), _slope(kernel, 1), kernel, np.zeros_like(kernel)])
 
 
 def _within(places: Indices, length: int) -> Indices:

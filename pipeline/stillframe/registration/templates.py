@@ -4,7 +4,7 @@ Templates are smooth, so that all pixels of a small bin can share one value. The
 means are computed over bins that begin at every pixel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numba
@@ -12,7 +12,8 @@ import numpy as np
 
 from stillframe.images.arrays import Float32, Image, Indices, Mask
 from stillframe.images.noise import Noise, excerpt
-from stillframe.images.run_lengths import Runs, runs_of
+from stillframe.images.run_lengths import Runs, inside_of, runs_of
+from stillframe.registration.elongation_templates import ElongationTemplates, elongation_templates
 from stillframe.registration.local_changes import choose_square
 from stillframe.registration.template_draft import (
     LEAST_BINS,
@@ -30,8 +31,6 @@ from stillframe.registration.template_draft import (
 
 LAGS = SIZE**2
 _ALL_LAGS = [(y, x) for y in range(-REACH, REACH + 1) for x in range(-REACH, REACH + 1)]
-TAYLOR_TERMS = 6
-"""The reference, its two slopes and its three second derivatives."""
 _APART = 3
 """Pixels this far apart along both axes share structure but no noise."""
 _FAR, _FAR_WIDTHS = 12, 6
@@ -158,6 +157,8 @@ class Template:
     """Covariance (2, 2), px², of the common offset of all frames that the reference's noise causes (37)."""
     structures: "tuple[LocalStructure, ...]"
     """What the residuals of a frame are compared with. It shows another pattern only if each comparison says so."""
+    elongation: ElongationTemplates | None
+    """What shows elongated features, as in a double exposure; None with too much noise."""
     sharpest: float
     """Inverse standard deviation of a bin with twice the least variance; the background of others may be empty."""
 
@@ -187,7 +188,11 @@ def prepare_template(
     draft = best_binned(unbinned, mask if frame_mask is None else frame_mask)
     if sample[0].size < image.size:
         draft = Draft.of(Smoothed.of(image, mask, noise, draft.smoothed.width), draft.side)
-    return _template(*choose_square(draft, at_any_price=against_scatter), noise, level)
+    square, chosen = choose_square(draft, at_any_price=against_scatter)
+    template = _template(square, chosen, noise, level)
+    if template is None:
+        return None
+    return replace(template, elongation=elongation_templates(draft, square, template.whole.runs))
 
 
 def _smoothing_in_squares(image: Image, mask: Mask, noise: Noise) -> float | None:
@@ -253,6 +258,7 @@ def _template(square: int, draft: Draft, noise: Noise, level: float) -> Template
         square=square,
         common=inverse @ whole.products[:2, :2] @ inverse.T,
         structures=_structures(draft.at(0, 0), draft),
+        elongation=None,
         sharpest=1 / np.sqrt(2 * draft.variance[support].min()) if noise.gain > 0 else np.inf,
     )
 
@@ -260,7 +266,7 @@ def _template(square: int, draft: Draft, noise: Noise, level: float) -> Template
 def _support(draft: Draft, image: Float32, support: Mask, rows: Indices) -> Support:
     """Return some bins with the sums over them."""
     runs = _join_close_runs(runs_of(support))
-    inside = _inside(runs, support.shape)
+    inside = inside_of(runs, support.shape)
     variance, bins = np.where(support, draft.plain_noise, 0.0)[inside], _bin_fields(draft, support, inside)
     templates = bins.templates
     shared = draft.shared_noise(support, _ALL_LAGS).reshape(4, SIZE, SIZE)
@@ -294,14 +300,6 @@ def _join_close_runs(runs: Runs) -> Runs:
     begins[1:] = (runs[1:, 0] != runs[:-1, 0]) | (runs[1:, 1] - runs[:-1, 2] > _GAP)
     last = np.append(np.flatnonzero(begins)[1:] - 1, len(runs) - 1)
     return np.stack([runs[begins, 0], runs[begins, 1], runs[last, 2]], axis=1)
-
-
-def _inside(runs: Runs, shape: tuple[int, ...]) -> Mask:
-    """Return True for the bins of the runs."""
-    steps = np.zeros((shape[0], shape[1] + 1), np.int8)
-    steps[runs[:, 0], runs[:, 1]] += 1
-    steps[runs[:, 0], runs[:, 2]] -= 1
-    return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)
 
 
 def _structures(image: Image, draft: Draft) -> tuple[LocalStructure, ...]:

@@ -1,0 +1,96 @@
+"""How much farther the features of a frame extend along one direction than those of the reference (64).
+
+A frame that shows the pattern twice, a few pixels apart, has elongated features. Features that are only broader or
+narrower, as pumping makes them, have none.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from stillframe.images.arrays import Float32, Image, Mask
+from stillframe.images.binning import MovedBins
+from stillframe.images.run_lengths import Runs
+from stillframe.registration.prediction import Prediction
+from stillframe.registration.templates import BinFields, Template
+
+
+class Elongation(NamedTuple):
+    """How much farther features extend along one direction than across it, compared with the reference."""
+
+    amount: float
+    """Difference of the second moments along both directions, px²; two exposures d apart have d²/4."""
+    significance: float
+    """The amount in its standard errors."""
+    broadening: float
+    """Sum of the second moments along both directions, px²; negative where the reference is smeared."""
+    size: float
+    """Second moment of the reference's features along one direction, px²."""
+
+
+def elongation_of(template: Template, frame: MovedBins, prediction: Prediction, inflation: float) -> Elongation:
+    """Return the elongation of a frame at its refined shift, from which the prediction is made.
+
+    ``inflation`` is the factor by which noise that neighbours share enlarges variances.
+    """
+    if template.elongation is None:
+        return Elongation(0.0, 0.0, 0.0, 0.0)
+    first, step, fields = template.elongation.first, template.elongation.step, template.elongation.fields
+    sums, products = np.zeros(3), np.zeros((2, 2))
+    support = template.whole
+    _add_sums(frame.means, frame.whole, support.runs, support.bins, first, step, fields, prediction, sums, products)
+    sums += prediction.mean * template.elongation.shared
+    covariance = inflation * products
+    if not np.linalg.det(covariance) > 0:
+        return Elongation(0.0, 0.0, 0.0, 0.0)
+    differences, moments = sums[:2], sums / float(prediction.mean)
+    significance = float(np.sqrt(differences @ np.linalg.solve(covariance, differences)))
+    return Elongation(float(np.hypot(*moments[:2])), significance, float(moments[2]), template.elongation.size)
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_sums(
+    means: Float32,
+    whole: Mask,
+    runs: Runs,
+    bins: BinFields,
+    first: int,
+    step: int,
+    fields: Float32,
+    prediction: Prediction,
+    sums: Image,
+    products: Image,
+) -> None:
+    """Add the sums of templates with residuals (3,), and of the products of the first two, term by term.
+
+    Outliers are cut to the limits of the refinement and not left out: two exposures far apart consist of outliers.
+    """
+    mean, mean_y, mean_x = bins.mean, bins.mean_y, bins.mean_x
+    mean_yy, mean_yx, mean_xx, inverse_sigma = bins.mean_yy, bins.mean_yx, bins.mean_xx, bins.inverse_sigma
+    gain, along_y, along_x, along_yy, along_yx, along_xx, offset, limit, above, below, error, zero = prediction
+    a = n = 0
+    for k in range(runs.shape[0]):
+        row, begin, stop = runs[k]
+        if row < first or (row - first) % step:
+            a += stop - begin
+            continue
+        for column in range(begin, stop):
+            if whole[row, column]:
+                moved = along_y * mean_y[a] + along_x * mean_x[a]
+                bent = along_yy * mean_yy[a] + along_yx * mean_yx[a] + along_xx * mean_xx[a]
+                expected, inverse = gain * mean[a] + moved + bent, inverse_sigma[a]
+                allowed = error * abs(expected - zero)
+                value = ((means[row, column] - offset) - expected) * inverse
+                value = min(max(value, -limit - (below + allowed) * inverse), limit + (above + allowed) * inverse)
+                weighted = inverse * value
+                one, other = np.float64(fields[0, n] * weighted), np.float64(fields[1, n] * weighted)
+                sums[0] += one
+                sums[1] += other
+                sums[2] += np.float64(fields[2, n] * weighted)
+                products[0, 0] += one * one
+                products[0, 1] += one * other
+                products[1, 1] += other * other
+            a += 1
+            n += 1
+    products[1, 0] = products[0, 1]
