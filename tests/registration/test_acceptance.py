@@ -33,7 +33,7 @@ ESTIMATE = Estimate(
     significance=50.0,
     mismatch=0.0,
     mismatch_significance=0.0,
-    elongation=Elongation(amount=0.0, significance=1.0, broadening=0.0, size=10.0),
+    elongation=Elongation(amount=0.0, significance=1.0, length=0.0, size=10.0),
     start=(1, 2),
     product=0.0,
 )
@@ -131,8 +131,8 @@ def test_lattices_and_rings_resemble_themselves():
         ({"amount": 1.4}, False),
         ({"amount": 0.9, "size": 2.0}, False),
         ({"amount": 1.1, "size": 2.0}, True),
-        ({"broadening": -2.1}, False),
-        ({"broadening": -1.9}, True),
+        ({"length": 1.4}, False),
+        ({"length": 1.6}, True),
     ],
 )
 def test_features_are_elongated_if_it_is_certain_and_much_and_the_reference_is_not_smeared(change, is_elongated):

@@ -36,7 +36,7 @@ def test_the_elongation_of_two_exposures_is_a_quarter_of_their_square_distance(k
     frames = twice(kind, 3 * np.array([np.sin(angle), np.cos(angle)]))
     found = elongations(frames, usual(kind, dose), monkeypatch)
     assert np.mean([one.amount for one in found]) == pytest.approx(9 / 4, rel=0.3)
-    assert np.mean([one.broadening for one in found]) == pytest.approx(9 / 4, rel=0.5)
+    assert np.mean([one.length for one in found]) == pytest.approx(9 / 4, rel=0.3)
     assert min(one.significance for one in found) > 6
 
 

@@ -75,7 +75,9 @@ def rms(folder, experiment):
 
 
 def test_a_run_corrects_its_frames_and_keeps_them_as_recorded(recorded, corrected, experiment, tmp_path):
-    finish(recorded, tmp_path / "without", reference_iterations=3)
+    with pytest.raises(ValueError, match="cannot be aligned with one another.*do they need a dark"):
+        finish(recorded, tmp_path / "refused", reference_iterations=3)
+    finish(recorded, tmp_path / "without", reference_iterations=0)
     assert shifts_in(corrected).attrs["frames_corrected_for"] == "dark, flat"
     assert "frames_corrected_for" not in shifts_in(tmp_path / "without").attrs
     assert rms(corrected, experiment) < 0.03
@@ -177,8 +179,9 @@ def test_memory_of_the_correction_is_counted(recorded, files, tmp_path):
     assert cut(settings(recorded, tmp_path / "run"), source, plain).unit_frames == 4
     with pytest.raises(ValueError, match="workers, or give them more memory"):
         cut(settings(recorded, tmp_path / "run", **files), source, plain)
-    with_both = forecast(settings(recorded, tmp_path / "run", **files), pilot=0)
-    assert with_both.memory > forecast(settings(recorded, tmp_path / "run"), pilot=0).memory
+    plain_mean = {"reference_iterations": 0}
+    with_both = forecast(settings(recorded, tmp_path / "run", **files, **plain_mean), pilot=0)
+    assert with_both.memory > forecast(settings(recorded, tmp_path / "run", **plain_mean), pilot=0).memory
 
 
 def test_pixels_that_are_left_out_are_reported(recorded, own_files, images, tmp_path, capsys):

@@ -507,7 +507,6 @@ class TestBadInput:
         assert done.returncode == 1
         assert "6 of 12 frames have no shift: frames 6–11. Reasons: 6 dark. Frames without beam need no" in done.stderr
 
-    @pytest.mark.filterwarnings("ignore:.*cannot be aligned")
     def test_a_reference_that_nothing_fits_stops_the_run(self, stored, tmp_path):
         noise = np.random.default_rng(0).poisson(20, (24, 96, 80)).astype(np.uint16)
         path = store_frames(tmp_path / "frames.zarr", noise)

@@ -39,7 +39,7 @@ _FILLING = 1.0
 """Standard deviation, pixels, of the Gaussian that gives what is around a small hole."""
 _GROUP_PIXELS, _MOST_GROUPS = 1000, 64
 """Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
-_SINGLE_COUNTS = 0.1
+_SINGLE_COUNTS = 0.5
 """Quantile of the pixels with counts that is a single count, where most pixels have none."""
 _MANY_COUNTS = 10
 """A pixel contributes at most so many counts to the intensity there, as it may be hot."""
@@ -90,7 +90,7 @@ def bad_pixels(image: Image, mask: Mask) -> Mask:
            [20,  3]])
     """
     bad = np.zeros_like(mask)
-    for _ in range(_BAD_ROUNDS):
+    for _ in range(_BAD_ROUNDS if mask.any() else 0):
         ground = _median_around(image, mask & ~bad)
         limit = _limit_around(image, ground, mask & ~bad)
         found = _bad_lines(np.abs(image - ground) > limit, mask & ~bad)

@@ -107,12 +107,11 @@ def elongated(features: Elongation) -> bool:
     """Return whether the features of a frame are certainly longer along one direction, as in a double exposure (64).
 
     Noise exceeds the significance with a probability of 1e-6 (a χ² distribution with two degrees of freedom). Features
-    that are narrower than those of the reference show that the reference is smeared.
+    that are not longer than those of the reference, only narrower, show that the reference is smeared.
     """
     certain = features.significance**2 > -2 * np.log(_FALSE_ALARM)
-    amount = max(_LEAST_ELONGATION, _ELONGATION * features.size)
-    narrower = features.broadening < -features.amount / 2
-    return bool(certain and features.amount > amount and not narrower)
+    least = max(_LEAST_ELONGATION, _ELONGATION * features.size)
+    return bool(certain and features.amount > least and features.length > least)
 
 
 def decisive(peak: Peak) -> bool:

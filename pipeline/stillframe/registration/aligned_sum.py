@@ -35,6 +35,8 @@ _LEAST_TRIMMED, _LEAST_KEPT = 4, 0.3
 than this fraction of all counts would be left."""
 _HIT = 3.0
 """It is left out then if it exceeds the others by so many standard deviations, corrected for the skewness of counts."""
+_LEAST_GAIN = 1e-6
+"""Pixels whose sum of gains is a smaller fraction of the largest one are not known."""
 _LEAST_VARIANCE = 1e-3
 """A frame whose variance is a smaller fraction of the reference's was aligned with itself."""
 
@@ -105,13 +107,18 @@ class AlignedSum:
         others = self._without_highest(several)
         if others._counts_above_pedestal >= _LEAST_KEPT * self._counts_above_pedestal:
             return others
-        observed, level = others.gains > 0, self.template.level
+        observed, level = others._is_known, self.template.level
         mean = np.divide(others.total, others.gains, out=np.zeros_like(self.total), where=observed)
         soft = smooth(mean, observed, self.template.smoothing)
         noise = self.prepared.noise.of_mean(float(np.mean([one.variance for one in self.estimates])))
         limit = residual_limit(variance_of(soft + level, observed, noise), max(noise.gain, 0.0), _HIT)
         above = self.highest - self.gain_of_highest * np.maximum(soft, mean)
         return self._without_highest(several & (above > limit))
+
+    @property
+    def _is_known(self) -> Mask:
+        """Where the gains of the frames do not vanish (y, x)."""
+        return np.asarray(self.gains > _LEAST_GAIN * self.gains.max())
 
     @property
     def _counts_above_pedestal(self) -> float:
@@ -193,8 +200,8 @@ class AlignedSum:
 
     def mean(self, history: str | None = None) -> Reference:
         """Return the mean as a reference, with its noise (45, 46)."""
-        observed = self.counts >= max(1.0, self.used / 2)
-        image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed & (self.gains > 0))
+        observed = (self.counts >= max(1.0, self.used / 2)) & self._is_known
+        image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed)
         variances = [one.variance for one in self.estimates if one.variance > _LEAST_VARIANCE * one.gain**2] or [1.0]
         ratio = self.used * float(np.mean(variances)) / sum(one.gain for one in self.estimates) ** 2
         return self.guide.replace(

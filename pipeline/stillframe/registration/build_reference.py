@@ -135,8 +135,9 @@ def iterated_reference(
     if guide is None or len(registered) < 2:
         raise ValueError(
             f"the {asked} frames of the reference cannot be aligned with one another: each, and their mean, holds too "
-            "little of a pattern. Is the mask inverted? Average more frames, choose others (--reference), or take "
-            "their plain mean, smeared by their drift (--reference-iterations 0)."
+            f"little structure along both axes, or they drift by more than max_shift ({reference.max_shift} px). Is "
+            "the mask inverted, or do they need a dark and a flat? Average more frames, choose others (use, "
+            "--reference), or take their plain mean, smeared by their drift (iterations=0, --reference-iterations 0)."
         )
     aligned = _rounds(read, usable, registered, guide, iterations)
     if aligned is None:

@@ -19,14 +19,19 @@ from stillframe.registration.templates import BinFields, Template
 class Elongation(NamedTuple):
     """How much farther features extend along one direction than across it, compared with the reference."""
 
-    amount: float
+    amount: float = 0.0
     """Difference of the second moments along both directions, px²; two exposures d apart have d²/4."""
-    significance: float
+    significance: float = 0.0
     """The amount in its standard errors."""
-    broadening: float
-    """Sum of the second moments along both directions, px²; negative where the reference is smeared."""
-    size: float
+    length: float = 0.0
+    """Second moment that features have along their long direction more than in the reference, px²."""
+    size: float = 0.0
     """Second moment of the reference's features along one direction, px²."""
+
+
+_LEAST_FRACTION = 0.5
+"""Nothing is said about frames that show less than this fraction of the reference: of rings, each part says another
+direction."""
 
 
 def elongation_of(template: Template, frame: MovedBins, prediction: Prediction, inflation: float) -> Elongation:
@@ -34,19 +39,21 @@ def elongation_of(template: Template, frame: MovedBins, prediction: Prediction, 
 
     ``inflation`` is the factor by which noise that neighbours share enlarges variances.
     """
-    if template.elongation is None:
-        return Elongation(0.0, 0.0, 0.0, 0.0)
-    first, step, fields = template.elongation.first, template.elongation.step, template.elongation.fields
+    templates = template.elongation
+    if templates is None:
+        return Elongation()
     sums, products = np.zeros(3), np.zeros((2, 2))
-    support = template.whole
-    _add_sums(frame.means, frame.whole, support.runs, support.bins, first, step, fields, prediction, sums, products)
-    sums += prediction.mean * template.elongation.shared
-    covariance = inflation * products
-    if not np.linalg.det(covariance) > 0:
-        return Elongation(0.0, 0.0, 0.0, 0.0)
-    differences, moments = sums[:2], sums / float(prediction.mean)
-    significance = float(np.sqrt(differences @ np.linalg.solve(covariance, differences)))
-    return Elongation(float(np.hypot(*moments[:2])), significance, float(moments[2]), template.elongation.size)
+    support, fields = template.whole, (templates.first, templates.step, templates.fields)
+    information = _add_sums(frame.means, frame.whole, support.runs, support.bins, *fields, prediction, sums, products)
+    fraction = information / templates.information
+    if fraction < _LEAST_FRACTION or not np.linalg.det(products) > 0:
+        return Elongation()
+    gain = float(prediction.mean)
+    moments = sums / fraction / gain + templates.shared
+    covariance = products * inflation / (fraction * gain) ** 2
+    amount = float(np.hypot(*moments[:2]))
+    significance = float(np.sqrt(moments[:2] @ np.linalg.solve(covariance, moments[:2])))
+    return Elongation(amount, significance, (float(moments[2]) + amount) / 2, templates.size)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -61,8 +68,10 @@ def _add_sums(
     prediction: Prediction,
     sums: Image,
     products: Image,
-) -> None:
+) -> float:
     """Add the sums of templates with residuals (3,), and of the products of the first two, term by term.
+
+    Return the sum of the squares of the third template over its noise.
 
     Outliers are cut to the limits of the refinement and not left out: two exposures far apart consist of outliers.
     """
@@ -70,6 +79,7 @@ def _add_sums(
     mean_yy, mean_yx, mean_xx, inverse_sigma = bins.mean_yy, bins.mean_yx, bins.mean_xx, bins.inverse_sigma
     gain, along_y, along_x, along_yy, along_yx, along_xx, offset, limit, above, below, error, zero = prediction
     a = n = 0
+    information = 0.0
     for k in range(runs.shape[0]):
         row, begin, stop = runs[k]
         if row < first or (row - first) % step:
@@ -88,9 +98,11 @@ def _add_sums(
                 sums[0] += one
                 sums[1] += other
                 sums[2] += np.float64(fields[2, n] * weighted)
+                information += np.float64(fields[2, n] * inverse) ** 2
                 products[0, 0] += one * one
                 products[0, 1] += one * other
                 products[1, 1] += other * other
             a += 1
             n += 1
     products[1, 0] = products[0, 1]
+    return information

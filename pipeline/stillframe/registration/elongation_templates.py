@@ -5,6 +5,7 @@ less all that resembles a parabola, the pattern or its slopes, square by square 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -15,7 +16,7 @@ from stillframe.images.run_lengths import Runs, inside_of
 from stillframe.registration.local_changes import parabola_of, rectangles, remainder_of
 from stillframe.registration.template_draft import SMOOTHINGS, Draft
 
-_BINS = 100_000
+_BINS = 200_000
 """About so many bins of a support are used, in whole rows."""
 _LEAST_ROWS = 4
 """Rows of a square that are used, at least."""
@@ -23,6 +24,8 @@ _LARGEST_SHARED_PART = 0.7
 """Largest fraction of the response to an elongation that is noise shared by templates and reference."""
 _SECOND = np.array([1.0, -2.0, 1.0])
 _CENTRAL = np.array([-0.5, 0.0, 0.5])
+_HALVES = np.array([0.5, 1.0, 0.5])
+"""Factors of the second derivatives by yy, yx and xx in the change of a pattern by second moments."""
 _COMBINATIONS = np.array([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]])
 """From second moments (yy, yx, xx) to yy − xx and 2 yx, of which the elongation is the length, and to yy + xx."""
 
@@ -40,6 +43,8 @@ class ElongationTemplates:
 
     They are 0 in gaps.
     """
+    information: float
+    """Sum over all bins of the squares of the template of yy + xx over its noise."""
     shared: Image
     """Noise that templates share with the reference, in these sums for a gain of 1, (3,)."""
     size: float
@@ -59,33 +64,60 @@ def elongation_templates(draft: Draft, square: int, runs: Runs) -> ElongationTem
 
 def _templates(draft: Draft, square: int, runs: Runs) -> ElongationTemplates | None:
     side = square // draft.side if square else max(draft.support.shape)
-    step = max(1, min(int(np.count_nonzero(draft.support)) // _BINS, side // _LEAST_ROWS))
+    entries = int((runs[:, 2] - runs[:, 1]).sum())
+    step = max(1, min(-(-entries // _BINS), side // _LEAST_ROWS))
     rows = slice(step // 2, None, step)
     inside = inside_of(runs, draft.support.shape)[rows]
-    bends, size = _without_local_changes(draft, rows, (max(1, side // step), side))
-    response = _response(draft, bends * draft.weight[rows], rows)
+    bends, size, noise = _without_local_changes(draft, rows, (max(1, side // step), side))
+    response = _response(draft, bends * draft.weight[rows], rows, noise)
     if response is None or not size > 0:
         return None
-    middle, kernel = draft.kernel
-    of_bends = np.array([one[middle, middle] for one in _second_derivatives(kernel)])
+    fields = np.tensordot(response, bends, 1)
+    weighted = fields[2] ** 2 * draft.weight[rows]
     return ElongationTemplates(
         first=step // 2,
         step=step,
-        fields=np.tensordot(response, bends, 1)[:, inside].astype(np.float32),
-        shared=_noise(draft, rows) * response @ of_bends,
+        fields=fields[:, inside].astype(np.float32),
+        shared=response @ noise.with_image(draft),
+        information=float(weighted.sum()),
         size=size,
     )
 
 
-def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) -> tuple[Image, float]:
+class _SharedNoise(NamedTuple):
+    """Sums over the support of what (24) gives per bin for the templates and the noise of the reference."""
+
+    bins: float
+    """Sum of the variance of bins, weighted: their number but for an empty background."""
+    of_pattern: Image
+    """The same sum of the coefficients of the pattern, which was subtracted from the second derivatives, (3,)."""
+
+    def with_image(self, draft: Draft) -> Image:
+        """Return Σ S_kl η/v, (3,)."""
+        middle, kernel = draft.kernel
+        of_bends = np.array([one[middle, middle] for one in _second_derivatives(kernel)])
+        return np.asarray(self.bins * of_bends - self.of_pattern * kernel[middle, middle])
+
+    def with_moments(self, draft: Draft) -> Image:
+        """Return Σ S_kl ∂_m ∂_n η/v, the latter halved for yy and xx, (3, 3)."""
+        middle, kernel = draft.kernel
+        bends = _second_derivatives(kernel)
+        of_bends = np.array([[one[middle, middle] for one in _second_derivatives(bend)] for bend in bends])
+        of_pattern = np.outer(self.of_pattern, [one[middle, middle] for one in bends])
+        return np.asarray((self.bins * of_bends - of_pattern) * _HALVES)
+
+
+def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) -> tuple[Image, float, _SharedNoise]:
     """Return the second derivatives of some rows, less local changes in rectangles, and the size of the features.
 
-    Shape (3, row, bin); 0 outside of the support.
+    Shape (3, row, bin); 0 outside of the support. The last value is the noise that they share with the reference.
     """
     support, weight, soft, slopes = draft.support[rows], draft.weight[rows], draft.soft[rows], draft.slopes[:, rows]
+    noise = weight * draft.noise[rows]
     bends = np.stack([bin_means(one, draft.side)[rows] for one in _second_derivatives(draft.smoothed.soft)])
     bends *= support
-    heights = steepness = 0.0
+    heights = steepness = bins = 0.0
+    of_pattern = np.zeros(3)
     for place in rectangles(support.shape, sides):
         inside = support[place]
         if not inside.any():
@@ -94,15 +126,13 @@ def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) ->
         pattern = remainder_of(soft[place][inside][None], parabola, heavy)
         slope = remainder_of(slopes[:, *place][:, inside], parabola, heavy)
         changes = np.vstack([parabola, pattern, slope])
+        height = float((pattern**2 @ heavy).sum())
+        noisy = float(noise[place][inside].sum())
+        if height > 0:
+            of_pattern += noisy * (bends[:, *place][:, inside] * heavy @ pattern[0]) / height
         bends[:, *place][:, inside] = remainder_of(bends[:, *place][:, inside], changes, heavy)
-        heights += float((pattern**2 @ heavy).sum())
-        steepness += float((slope**2 @ heavy).sum())
-    return bends, heights / steepness if steepness > 0 else 0.0
-
-
-def _noise(draft: Draft, rows: slice) -> float:
-    """Return the sum over the support of the variance of bins, weighted: their number but for an empty background."""
-    return float((draft.weight * draft.noise * draft.support)[rows].sum())
+        heights, steepness, bins = heights + height, steepness + float((slope**2 @ heavy).sum()), bins + noisy
+    return bends, heights / steepness if steepness > 0 else 0.0, _SharedNoise(bins, of_pattern)
 
 
 def _second_derivatives(image: Image) -> list[Image]:
@@ -115,22 +145,13 @@ def _second_derivatives(image: Image) -> list[Image]:
     ]
 
 
-def _response(draft: Draft, templates: Image, rows: slice) -> Image | None:
+def _response(draft: Draft, templates: Image, rows: slice, noise: _SharedNoise) -> Image | None:
     """Return the matrix from sums of templates (3, row, bin) with residuals to yy − xx, 2 yx and yy + xx, (3, 3)."""
     middle = draft.at(0, 0)
-    yy, xx = ((draft.at(y, x) - 2 * middle + draft.at(-y, -x)) / 2 for y, x in ((1, 0), (0, 1)))
+    yy, xx = (draft.at(y, x) - 2 * middle + draft.at(-y, -x) for y, x in ((1, 0), (0, 1)))
     yx = (draft.at(1, 1) - draft.at(1, -1) - draft.at(-1, 1) + draft.at(-1, -1)) / 4
     images = np.stack([yy, yx, xx])[:, rows]
-    found = np.tensordot(templates, images, ((1, 2), (1, 2)))
-    shared = _noise(draft, rows) * _shared(draft)
+    found, shared = np.tensordot(templates, images, ((1, 2), (1, 2))) * _HALVES, noise.with_moments(draft)
     if not (np.diag(shared) < _LARGEST_SHARED_PART * np.diag(found)).all():
         return None
     return np.asarray(_COMBINATIONS @ np.linalg.inv(found - shared))
-
-
-def _shared(draft: Draft) -> Image:
-    """Return the covariance of templates with the images of second moments, over the variance of a bin, (3, 3)."""
-    middle, kernel = draft.kernel
-    pairs = [_second_derivatives(one) for one in _second_derivatives(kernel)]
-    halves = np.array([0.5, 1.0, 0.5])
-    return np.asarray([[one[middle, middle] for one in row] for row in pairs] * halves)

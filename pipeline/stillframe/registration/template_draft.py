@@ -165,11 +165,13 @@ class Draft:
         return draft if chosen.follows_noise(inner) else chosen
 
     def smoothed_by(self, width: float) -> "Draft":
-        """Return such templates over the same support, smoothed by a Gaussian of this standard deviation, pixels."""
+        """Return templates smoothed by a Gaussian of this standard deviation, pixels; support and weights stay."""
         if width == self.smoothed.width:
             return self
-        smoothed = Smoothed.of(self.smoothed.image, self.smoothed.mask, self.smoothed.measured, width)
-        return replace(Draft.of(smoothed, self.side), support=self.support)
+        soft = smooth(self.smoothed.image, self.smoothed.mask, width)
+        slopes = np.stack([bin_means(_slope(soft, axis), self.side) for axis in (0, 1)])
+        smoothed = replace(self.smoothed, soft=soft, width=width)
+        return replace(self, smoothed=smoothed, soft=bin_means(soft, self.side), slopes=slopes)
 
     def follows_noise(self, inner: Mask) -> bool:
         """Return whether noise may have decided which bins are in the support.
