@@ -132,7 +132,8 @@ def test_lattices_and_rings_resemble_themselves():
         ({"amount": 0.9, "size": 2.0}, False),
         ({"amount": 1.1, "size": 2.0}, True),
         ({"length": 1.4}, False),
-        ({"length": 1.6}, True),
+        ({"length": 2.1}, True),
+        ({"length": 1.9}, False),
     ],
 )
 def test_features_are_elongated_if_it_is_certain_and_much_and_the_reference_is_not_smeared(change, is_elongated):

@@ -40,6 +40,8 @@ _ELONGATION = 0.15
 """Features may be elongated by this fraction of their own second moment."""
 _LEAST_ELONGATION = 1.0
 """Features may be elongated by this second moment, px²: that of two exposures 2 px apart."""
+_LONGER = 0.5
+"""At least this fraction of an elongation must be greater length; the rest may be smaller width."""
 OUTSIDE = 0.5
 """A refined shift may lie this far outside the searched window, pixels."""
 
@@ -111,7 +113,8 @@ def elongated(features: Elongation) -> bool:
     """
     certain = features.significance**2 > -2 * np.log(_FALSE_ALARM)
     least = max(_LEAST_ELONGATION, _ELONGATION * features.size)
-    return bool(certain and features.amount > least and features.length > least)
+    longer = features.length > max(least, _LONGER * features.amount)
+    return bool(certain and features.amount > least and longer)
 
 
 def decisive(peak: Peak) -> bool:

@@ -24,6 +24,8 @@ _LARGEST_SHARED_PART = 0.7
 """Largest fraction of the response to an elongation that is noise shared by templates and reference."""
 _SECOND = np.array([1.0, -2.0, 1.0])
 _CENTRAL = np.array([-0.5, 0.0, 0.5])
+_LARGEST_WEIGHT_OF_ONE = 0.1
+"""Nothing is said if one bin has a larger part of all information, as pixels without noise have."""
 _HALVES = np.array([0.5, 1.0, 0.5])
 """Factors of the second derivatives by yy, yx and xx in the change of a pattern by second moments."""
 _COMBINATIONS = np.array([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]])
@@ -74,6 +76,8 @@ def _templates(draft: Draft, square: int, runs: Runs) -> ElongationTemplates | N
         return None
     fields = np.tensordot(response, bends, 1)
     weighted = fields[2] ** 2 * draft.weight[rows]
+    if not weighted.max() < _LARGEST_WEIGHT_OF_ONE * weighted.sum():
+        return None
     return ElongationTemplates(
         first=step // 2,
         step=step,
@@ -117,7 +121,7 @@ def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) ->
     bends = np.stack([bin_means(one, draft.side)[rows] for one in _second_derivatives(draft.smoothed.soft)])
     bends *= support
     heights = steepness = bins = 0.0
-    of_pattern = np.zeros(3)
+    of_pattern, most = np.zeros(3), draft.smoothed.width**-2
     for place in rectangles(support.shape, sides):
         inside = support[place]
         if not inside.any():
@@ -128,8 +132,8 @@ def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) ->
         changes = np.vstack([parabola, pattern, slope])
         height = float((pattern**2 @ heavy).sum())
         noisy = float(noise[place][inside].sum())
-        if height > 0:
-            of_pattern += noisy * (bends[:, *place][:, inside] * heavy @ pattern[0]) / height
+        if height > 0:  # a pattern of pure noise has the largest part of itself in its second derivatives
+            of_pattern += noisy * np.clip((bends[:, *place][:, inside] * heavy @ pattern[0]) / height, -most, most)
         bends[:, *place][:, inside] = remainder_of(bends[:, *place][:, inside], changes, heavy)
         heights, steepness, bins = heights + height, steepness + float((slope**2 @ heavy).sum()), bins + noisy
     return bends, heights / steepness if steepness > 0 else 0.0, _SharedNoise(bins, of_pattern)
