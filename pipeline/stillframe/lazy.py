@@ -130,8 +130,8 @@ def make_reference(
     Raises
     ------
     ValueError
-        There are fewer frames than ``use`` asks for, none is usable or of that kind, an unsigned subtraction wrapped
-        around in them, or :class:`~stillframe.Reference` refuses the image.
+        There are fewer frames than ``use`` asks for, none is usable or of that kind, they cannot be aligned with one
+        another, an unsigned subtraction wrapped around in them, or :class:`~stillframe.Reference` refuses the image.
 
     Examples
     --------
