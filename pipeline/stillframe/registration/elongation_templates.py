@@ -16,8 +16,8 @@ from stillframe.images.run_lengths import Runs, inside_of
 from stillframe.registration.local_changes import parabola_of, rectangles, remainder_of
 from stillframe.registration.template_draft import SMOOTHINGS, Draft
 
-_BINS = 200_000
-"""About so many bins of a support are used, in whole rows."""
+_PIXELS = 500_000
+"""About so many pixels of a support are used, in whole rows of bins: large images have counts enough."""
 _LEAST_ROWS = 4
 """Rows of a square that are used, at least."""
 _LARGEST_SHARED_PART = 0.7
@@ -66,8 +66,8 @@ def elongation_templates(draft: Draft, square: int, runs: Runs) -> ElongationTem
 
 def _templates(draft: Draft, square: int, runs: Runs) -> ElongationTemplates | None:
     side = square // draft.side if square else max(draft.support.shape)
-    entries = int((runs[:, 2] - runs[:, 1]).sum())
-    step = max(1, min(-(-entries // _BINS), side // _LEAST_ROWS))
+    pixels = int((runs[:, 2] - runs[:, 1]).sum()) * draft.side**2
+    step = max(1, min(-(-pixels // _PIXELS), side // _LEAST_ROWS))
     rows = slice(step // 2, None, step)
     inside = inside_of(runs, draft.support.shape)[rows]
     bends, size, noise = _without_local_changes(draft, rows, (max(1, side // step), side))
