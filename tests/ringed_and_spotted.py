@@ -29,7 +29,7 @@ PATTERNS = {"rings": (rings, 30.0), "spots": (spots, 30.0)}
 
 
 def stack(expected, seed=0, frames=30):
-    """Poisson frames of what a function of shift and number expects, and their shifts."""
+    """Return Poisson frames and their shifts; ``expected`` gives the mean of a frame from its shift and number."""
     rng = np.random.default_rng(seed)
     shifts = rng.uniform(-6, 6, (frames, 2))
     counts = [rng.poisson(expected(shift, number)) for number, shift in enumerate(shifts)]

@@ -230,7 +230,7 @@ class TestReferences:
         open_[52:76, 40:] = False
         frames = np.random.default_rng(5).poisson(np.where(open_, patterns, 2)).astype(np.uint16)
         without = make(frames, detector_map=False)
-        # Some of the frames that the block pulls seem to be elongated.
+        # Without the map, the block makes the features of some frames look elongated, so that these are refused.
         rms_pulled, z_pulled = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], without, least_good=0.4)
         found = make(frames)
         rms, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
@@ -260,7 +260,7 @@ class TestReferences:
         plain, found = make(frames, detector_map=False), make(frames)
         assert plain.dark is None and found.dark is not None
         assert "offsets of pixels that differ by" in found.history and "too small" not in found.history
-        # Some of the frames that offsets pull seem to be elongated.
+        # Without the map, offsets make the features of some frames look elongated, so that these are refused.
         before, z_before = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], plain, least_good=0.4)
         after, z = errors_over_sigma(frames[FRAMES:], shifts[FRAMES:], found)
         assert z_before > 3 and z < 1.5

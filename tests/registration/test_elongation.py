@@ -51,7 +51,7 @@ def test_double_exposures_are_no_match(kind, distance):
 
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_noise_has_no_significant_elongation(kind, monkeypatch):
-    """The square of the significance is a χ² of two degrees of freedom, and a little more by the reference's noise."""
+    """The squared significance has the mean 2 of a χ² distribution; the noise of the reference adds a little."""
     pattern, dose = PATTERNS[kind]
     frames, _ = stack(lambda shift, _: dose * pattern(shift), seed=11, frames=60)
     found = elongations(frames, usual(kind, dose), monkeypatch)

@@ -40,9 +40,9 @@ _FILLING = 1.0
 _GROUP_PIXELS, _MOST_GROUPS = 1000, 64
 """Least number of pixels of about the same intensity whose scatter is measured, and largest number of such groups."""
 _SINGLE_COUNTS = 0.5
-"""Quantile of the pixels with counts that is a single count, where most pixels have none."""
+"""Where most pixels have no count, this quantile of the others is taken for a single count."""
 _MANY_COUNTS = 10
-"""A pixel contributes at most so many counts to the intensity there, as it may be hot."""
+"""Each pixel adds at most so many counts to the mean intensity there, since it may be hot."""
 NORMAL_MEDIAN = 0.6745
 """Median absolute value of a standard normal distribution."""
 _HOLES = 2**13

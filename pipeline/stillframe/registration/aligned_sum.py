@@ -100,8 +100,8 @@ class AlignedSum:
     def without_hits(self) -> "AlignedSum":
         """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way.
 
-        Where that would take most counts, as each pixel has a few in all frames together, only highest values stay out
-        that the other frames do not explain.
+        In frames with very few counts that would remove most of them. Then a highest value is removed only if it is
+        much larger than the other frames let expect.
         """
         several = self.counts >= _LEAST_TRIMMED
         others = self._without_highest(several)
@@ -117,7 +117,7 @@ class AlignedSum:
 
     @property
     def _is_known(self) -> Mask:
-        """Where the gains of the frames do not vanish (y, x)."""
+        """True where the sum of gains is not negligible (y, x)."""
         return np.asarray(self.gains > _LEAST_GAIN * self.gains.max())
 
     @property

@@ -1,7 +1,7 @@
-"""How much farther the features of a frame extend along one direction than those of the reference (64).
+"""The elongation of a frame's features: they are longer along one direction than those of the reference (64).
 
-A frame that shows the pattern twice, a few pixels apart, has elongated features. Features that are only broader or
-narrower, as pumping makes them, have none.
+A frame that shows the pattern twice, a few pixels apart, has elongated features. Pumping makes features broader or
+narrower in all directions, which is no elongation.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,9 @@ from stillframe.images.binning import MovedBins
 from stillframe.images.run_lengths import Runs
 from stillframe.registration.prediction import Prediction
 from stillframe.registration.templates import BinFields, Template
+
+_LEAST_FRACTION = 0.5
+"""A frame that shows a smaller fraction of the reference is not judged: part of a ring shows one direction only."""
 
 
 class Elongation(NamedTuple):
@@ -29,14 +32,10 @@ class Elongation(NamedTuple):
     """Second moment of the reference's features along one direction, px²."""
 
 
-_LEAST_FRACTION = 0.5
-"""Nothing is said about frames that show less than this fraction of the reference: of rings, each part says another
-direction."""
-
-
 def elongation_of(template: Template, frame: MovedBins, prediction: Prediction, inflation: float) -> Elongation:
-    """Return the elongation of a frame at its refined shift, from which the prediction is made.
+    """Return the elongation of a frame at its refined shift.
 
+    ``prediction`` is what the frame is expected to be at that shift.
     ``inflation`` is the factor by which noise that neighbours share enlarges variances.
     """
     templates = template.elongation

@@ -1,4 +1,4 @@
-"""Templates that respond to elongated features and to no local change (64).
+"""Templates that measure elongated features and ignore local changes of intensity (64).
 
 Elongated features add second derivatives of the pattern to a frame. Templates are those of the smoothed reference,
 less all that resembles a parabola, the pattern or its slopes, square by square (53).
@@ -34,7 +34,7 @@ _COMBINATIONS = np.array([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]])
 
 @dataclass(frozen=True, eq=False)
 class ElongationTemplates:
-    """Templates of the elongation over some rows of the support of a reference."""
+    """Templates that measure the elongation, in some rows of the bins that a reference uses."""
 
     first: int
     """First row of bins that is used."""
@@ -54,7 +54,9 @@ class ElongationTemplates:
 
 
 def elongation_templates(draft: Draft, square: int, runs: Runs) -> ElongationTemplates | None:
-    """Return templates that respond to no local change in squares of this side, pixels; None with too much noise.
+    """Return the templates of a reference; None with too much noise.
+
+    They ignore local changes of intensity in squares of the side ``square``, pixels.
 
     ``draft`` has the templates as they are without squares, ``runs`` contain its support. Without squares, the
     image is one. Templates are smoothed more than those of the shift where noise asks for it.
@@ -89,7 +91,7 @@ def _templates(draft: Draft, square: int, runs: Runs) -> ElongationTemplates | N
 
 
 class _SharedNoise(NamedTuple):
-    """Sums over the support of what (24) gives per bin for the templates and the noise of the reference."""
+    """Noise that the templates and the reference have in common (24), summed over the bins."""
 
     bins: float
     """Sum of the variance of bins, weighted: their number but for an empty background."""
@@ -132,7 +134,8 @@ def _without_local_changes(draft: Draft, rows: slice, sides: tuple[int, int]) ->
         changes = np.vstack([parabola, pattern, slope])
         height = float((pattern**2 @ heavy).sum())
         noisy = float(noise[place][inside].sum())
-        if height > 0:  # a pattern of pure noise has the largest part of itself in its second derivatives
+        if height > 0:
+            # Smoothed noise resembles its second derivatives most: this coefficient is at most 1/w².
             of_pattern += noisy * np.clip((bends[:, *place][:, inside] * heavy @ pattern[0]) / height, -most, most)
         bends[:, *place][:, inside] = remainder_of(bends[:, *place][:, inside], changes, heavy)
         heights, steepness, bins = heights + height, steepness + float((slope**2 @ heavy).sum()), bins + noisy

@@ -80,7 +80,7 @@ def _shows_features(draft: Draft) -> bool:
 
 
 def rectangles(shape: tuple[int, ...], sides: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Yield all rectangles of these sides, bins; the last ones of rows and columns are larger."""
+    """Yield rectangles that cover an image; ``sides`` are in bins, and the last of each row and column is larger."""
     rows, columns = (_parts(length, side) for length, side in zip(shape, sides, strict=True))
     return ((row, column) for row in rows for column in columns)
 

@@ -97,9 +97,10 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
 
 
 def match_with_guide(array: npt.ArrayLike, guide: Reference, *, masks: npt.ArrayLike | None = None) -> Matches:
-    """Find the shifts of frames as :func:`match_frames` does, while a reference is made.
+    """Find the shifts of frames as :func:`match_frames` does, but accept elongated features.
 
-    A guide may be smeared, or hold a pattern of the detector, so that features of good frames seem to be elongated.
+    While a reference is made, its guide may be smeared or contain a pattern of the detector. Features of good frames
+    then look elongated.
     """
     return _matches(array, masks, prepare(guide).without_elongation)
 

@@ -1,4 +1,4 @@
-"""What a frame is expected to be, bin by bin, and from where on a residual is an outlier (26, 32)."""
+"""The expected mean of each bin of a frame, and the limits beyond which a residual is an outlier (26, 32)."""
 
 from typing import NamedTuple
 

@@ -100,7 +100,7 @@ class PreparedReference:
 
     @cached_property
     def without_elongation(self) -> "PreparedReference":
-        """The same, but not able to tell whether features are elongated."""
+        """The reference without the templates that measure the elongation of features."""
         return replace(self, template=self.template and replace(self.template, elongation=None))
 
     def survey(self, frame: Pixels, valid: ValidPixels | None = None, limit: float = np.inf) -> Survey:
