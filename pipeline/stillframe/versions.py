@@ -4,7 +4,7 @@ from typing import Final
 
 __version__ = "0.1.0"
 """Version of the package."""
-KERNEL_VERSION = 10
+KERNEL_VERSION = 11
 """Version of the numbers: raised whenever equal frames and settings would give other results."""
 SETTINGS_VERSION: Final = 1
 """Version of settings in TOML files."""

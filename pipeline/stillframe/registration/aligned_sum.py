@@ -101,19 +101,25 @@ class AlignedSum:
         """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way.
 
         In frames with very few counts that would remove most of them. Then a highest value is removed only if it is
-        much larger than the other frames let expect.
+        much larger than the other frames let expect. Else a background of few counts would be lost, from which noise
+        follows: the mean is raised to the one without such values alone.
         """
         several = self.counts >= _LEAST_TRIMMED
         others = self._without_highest(several)
-        if others._counts_above_pedestal >= _LEAST_KEPT * self._counts_above_pedestal:
-            return others
         observed, level = others._is_known, self.template.level
-        mean = np.divide(others.total, others.gains, out=np.zeros_like(self.total), where=observed)
+        mean = others._mean_image(observed)
         soft = smooth(mean, observed, self.template.smoothing)
         noise = self.prepared.noise.of_mean(float(np.mean([one.variance for one in self.estimates])))
         limit = residual_limit(variance_of(soft + level, observed, noise), max(noise.gain, 0.0), _HIT)
         above = self.highest - self.gain_of_highest * np.maximum(soft, mean)
-        return self._without_highest(several & (above > limit))
+        unhit = self._without_highest(several & (above > limit))
+        if others._counts_above_pedestal < _LEAST_KEPT * self._counts_above_pedestal:
+            return unhit
+        lost = float((unhit._mean_image(observed) - mean)[observed].mean())
+        return replace(others, total=others.total + lost * others.gains)
+
+    def _mean_image(self, observed: Mask) -> Image:
+        return np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed)
 
     @property
     def _is_known(self) -> Mask:

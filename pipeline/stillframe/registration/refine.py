@@ -14,8 +14,8 @@ import scipy.special
 
 from stillframe.images.arrays import Float32, Image, Mask, Pixels, Shift
 from stillframe.images.binning import MovedBins, SingleFrame, moved_bins
-from stillframe.images.noise import skewness_allowance
-from stillframe.images.run_lengths import RowRuns, Runs
+from stillframe.images.noise import measure_noise, skewness_allowance
+from stillframe.images.run_lengths import RowRuns, Runs, inside_of
 from stillframe.registration.bin_pass import HiddenBins, bin_pass, hidden_bins
 from stillframe.registration.equations import Parameters, Solution, solve
 from stillframe.registration.estimate import Estimate, estimate_of
@@ -46,6 +46,11 @@ _GUESS_KEPT_PIXELS, _GUESS_KEPT_BINS = 0.97, 0.75
 _LEAST_GAIN, _ALMOST_ALL = 1e-6, 0.999
 """With a smaller fraction of the gain that all pairs give, this fraction of the pairs is kept instead."""
 _GUESS_ROUNDS = 3
+_EMPTY, _FAR_MORE = 0.5, 2.0
+"""Where more bins than this fraction have the lowest value, and the noise of the frame itself is so many times larger,
+outliers are single counts."""
+_COUNTED_PIXELS = 500_000
+"""Number of pixels from which the noise of such a frame is measured."""
 
 
 def refine(
@@ -118,7 +123,10 @@ class _Problem(NamedTuple):
         if pairs.shape[1] < min(LEAST_BINS, sample.count):
             return start, None
         kept = max(_GUESS_KEPT_PIXELS**self.template.side**2, _GUESS_KEPT_BINS)
-        guess = parameters = _guess(pairs, kept, self.template.sharpest)
+        guess = _guess(pairs, kept, self.template.sharpest)
+        if np.mean(pairs[1] == pairs[1].min()) > _EMPTY and _outliers(pairs, guess, self.template).any():
+            guess = self._guess_of_few_counts(pairs, guess)
+        parameters = guess
         for _ in range(_MAX_SAMPLE_PASSES):
             solution = self.step(sample, at, bins, parameters)
             if solution is None:
@@ -131,6 +139,26 @@ class _Problem(NamedTuple):
             if nearest != at:
                 at, bins = nearest, self.bins_at(nearest, sample)
         return at, parameters
+
+    def _guess_of_few_counts(self, pairs: Image, guess: Parameters) -> Parameters:
+        """Return a better guess for a frame whose single counts look like outliers; else the guess as it is.
+
+        Where most bins have no count, what is left without the largest residuals has no noise.
+        """
+        grain, values = self.template.grain, self.frame.values
+        half = max(_COUNTED_PIXELS // values.shape[1] // 2, 1)
+        rows = slice(max(len(values) // 2 - half, 0), len(values) // 2 + half)
+        count = measure_noise(values[rows].astype(np.float64), inside_of(self.valid.runs, values.shape)[rows]).gain
+        every = _trimmed_guess(pairs, _ALMOST_ALL, self.template.sharpest)
+        if grain <= 0 or count * every.gain < _FAR_MORE * grain * guess.variance:
+            return guess
+        guess = every
+        for _ in range(_GUESS_ROUNDS):
+            guess = guess._replace(variance=count * guess.gain / grain)
+            fixed, seen, inverse = pairs[:, ~_outliers(pairs, guess, self.template)]
+            gain, offset = _fit_line(fixed, seen, inverse**2)
+            guess = guess._replace(gain=max(gain, 1e-12), offset=offset)
+        return guess
 
     def step(self, support: Support, start: Shift, bins: MovedBins, parameters: Parameters) -> Solution | None:
         """Make one pass over the bins of a support and solve the equations; None where too few bins are left."""
@@ -202,6 +230,14 @@ def _guess(pairs: Image, kept_fraction: float, empty: float) -> Parameters:
     first = _trimmed_guess(pairs, kept_fraction, empty)
     # Where hardly any bin has counts, those are not the outliers.
     return first if first.gain > _LEAST_GAIN * plain else _trimmed_guess(pairs, _ALMOST_ALL, empty)
+
+
+def _outliers(pairs: Image, guess: Parameters, template: Template) -> Mask:
+    """Return True for the bins above the upper limit (32) of a guess."""
+    fixed, values, inverse = pairs
+    expected, prediction = guess.gain * fixed, _prediction(guess, 1.0, template)
+    allowed = prediction.skew_above + prediction.tolerance * np.abs(expected - prediction.zero)
+    return np.asarray((values - guess.offset - expected - allowed) * inverse > prediction.limit)
 
 
 def _trimmed_guess(pairs: Image, kept_fraction: float, empty: float) -> Parameters:
