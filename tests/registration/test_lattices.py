@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stillframe import Flag, Reference, match_frames
+from stillframe import Flag, Reference, make_reference, match_frames
 from stillframe.images.noise import measure_noise
 from stillframe.registration.prepared_reference import prepare
 from stillframe.registration.refine import refine
@@ -154,3 +154,17 @@ def test_narrow_spots_on_an_empty_background_reach_the_bound(members, dose, back
     # One frame as reference: its own noise acts differently on frames that overlap it differently.
     assert (error.std(axis=0) < (1.5 if members == 1 else 1.25) * scene.bound()).all()
     assert 0.8 < (error / sigma).std() < (1.4 if members == 1 else 1.25)
+
+
+def test_a_reference_is_made_where_single_frames_do_not_tell_the_period():
+    """Frames of an endless lattice are aligned with their nearest neighbours, and then all are ambiguous."""
+    scene = Lattice(256, 24, 2.0, 0.0, background=2.0, seed=7)
+    frames, true = scene.frames(16, most=3)
+    reference = make_reference(frames, max_shift=32, iterations=3)
+    frames = np.stack([scene.frame((0.5, 0.5))] * 4)
+    assert (match_frames(frames, reference)["flag"] == Flag.AMBIGUOUS_PEAK).all()
+    near = match_frames(frames, reference.replace(max_shift=8))
+    still = match_frames(scene.frame()[None], reference.replace(max_shift=8))
+    assert not near["flag"].any()
+    np.testing.assert_allclose(near["dy"] - still["dy"], 0.5, atol=0.05)
+    np.testing.assert_allclose(near["dx"] - still["dx"], 0.5, atol=0.05)

@@ -101,8 +101,8 @@ class AlignedSum:
         """Return the sum without the highest value of each pixel: without a model, weak hits show in no other way.
 
         In frames with very few counts that would remove most of them. Then a highest value is removed only if it is
-        much larger than the other frames let expect. Else a background of few counts would be lost, from which noise
-        follows: the mean is raised to the one without such values alone.
+        much larger than the other frames let expect. With more counts the mean is raised to the one without such values
+        alone: a background of few counts would be lost otherwise, and noise would be misjudged.
         """
         several = self.counts >= _LEAST_TRIMMED
         others = self._without_highest(several)
@@ -112,13 +112,14 @@ class AlignedSum:
         noise = self.prepared.noise.of_mean(float(np.mean([one.variance for one in self.estimates])))
         limit = residual_limit(variance_of(soft + level, observed, noise), max(noise.gain, 0.0), _HIT)
         above = self.highest - self.gain_of_highest * np.maximum(soft, mean)
-        unhit = self._without_highest(several & (above > limit))
+        without_large = self._without_highest(several & (above > limit))
         if others._counts_above_pedestal < _LEAST_KEPT * self._counts_above_pedestal:
-            return unhit
-        lost = float((unhit._mean_image(observed) - mean)[observed].mean())
-        return replace(others, total=others.total + lost * others.gains)
+            return without_large
+        lost = float((without_large._mean_image(observed) - mean)[observed].mean())
+        return replace(others, total=others.total + np.where(several, lost * others.gains, 0))
 
     def _mean_image(self, observed: Mask) -> Image:
+        """Return the mean less the level, 0 where it was not observed (y, x)."""
         return np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed)
 
     @property
@@ -207,7 +208,7 @@ class AlignedSum:
     def mean(self, history: str | None = None) -> Reference:
         """Return the mean as a reference, with its noise (45, 46)."""
         observed = (self.counts >= max(1.0, self.used / 2)) & self._is_known
-        image = np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed)
+        image = self._mean_image(observed)
         variances = [one.variance for one in self.estimates if one.variance > _LEAST_VARIANCE * one.gain**2] or [1.0]
         ratio = self.used * float(np.mean(variances)) / sum(one.gain for one in self.estimates) ** 2
         return self.guide.replace(

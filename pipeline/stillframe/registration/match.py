@@ -97,12 +97,14 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
 
 
 def match_with_guide(array: npt.ArrayLike, guide: Reference, *, masks: npt.ArrayLike | None = None) -> Matches:
-    """Find the shifts of frames as :func:`match_frames` does, but accept elongated features.
+    """Find the shifts of frames as :func:`match_frames` does, but accept elongated features and uncertain peaks.
 
     While a reference is made, its guide may be smeared or contain a pattern of the detector. Features of good frames
-    then look elongated.
+    then look elongated. It may also be a single frame, too noisy to decide between the peaks of a lattice. Of the peaks
+    that may be true the nearest is taken, as most frames drift by less than half a period; others are found when they
+    are registered with the mean.
     """
-    return _matches(array, masks, prepare(guide).without_elongation)
+    return _matches(array, masks, prepare(guide).as_guide)
 
 
 def _matches(array: npt.ArrayLike, masks: npt.ArrayLike | None, prepared: PreparedReference) -> Matches:
@@ -275,8 +277,9 @@ def _best_candidate(frame: _Frame) -> Record:
     if not fitting:
         at_edge = acceptance.at_edge(peaks[0]) and acceptance.reaches_least_score(peaks[0])
         return _refuse(frame, peaks[0], Flag.AT_EDGE if at_edge else _reason_without_pattern(frame))
-    best = _winner(frame, fitting)
-    if best is None:
+    undefeated = _undefeated(frame, fitting)
+    best = min(undefeated, key=lambda one: float(np.abs(one.estimate.shift).max()))
+    if len(undefeated) > 1 and not frame.reference.is_guide:
         return _refuse(frame, fitting[0].peak, Flag.AMBIGUOUS_PEAK)
     if acceptance.at_edge(best.peak) or acceptance.beyond_window(best.estimate, best.peak):
         return _refuse(frame, best.peak, Flag.AT_EDGE)
@@ -284,8 +287,8 @@ def _best_candidate(frame: _Frame) -> Record:
     return _accept(frame, best.peak, best.estimate, Flag(0) if inside else Flag.AT_EDGE)
 
 
-def _winner(frame: _Frame, candidates: list[_Candidate]) -> _Candidate | None:
-    """Return the candidate that explains the frame certainly better than all others; None if there is none."""
+def _undefeated(frame: _Frame, candidates: list[_Candidate]) -> list[_Candidate]:
+    """Return the candidate that explains the frame best, and all others that are not certainly worse."""
     single, valid, model = frame.surveyed.single, frame.fitted, frame.reference.pixel_model
     best = candidates[0]
     beaten: list[_Candidate] = []
@@ -298,8 +301,10 @@ def _winner(frame: _Frame, candidates: list[_Candidate]) -> _Candidate | None:
         if preferred(abs(better_by)):
             beaten.append(other)
     rivals = (other for other in candidates if _apart(best, other) and not any(other is one for one in beaten))
-    certain = (preferred(preference(single, valid, model, best.estimate, other.estimate)) for other in rivals)
-    return best if all(certain) else None
+    return [
+        best,
+        *(other for other in rivals if not preferred(preference(single, valid, model, best.estimate, other.estimate))),
+    ]
 
 
 def _apart(one: _Candidate, other: _Candidate) -> bool:

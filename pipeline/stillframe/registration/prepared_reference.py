@@ -88,6 +88,8 @@ class PreparedReference:
     """Highest score of the reference with itself at another shift, corrected for its noise (42)."""
     corrections: Corrections | None
     """What is done to every recorded frame first."""
+    is_guide: bool = False
+    """Whether the nearest of several peaks is taken where none is certainly the true one."""
     hidden_bins: HiddenBins = field(default_factory=dict)
     """Sums over the bins that the static mask hides, by shift; filled by the refinement."""
     _whole: dict[int, Mask] = field(default_factory=dict)
@@ -99,9 +101,9 @@ class PreparedReference:
         return self.pixels.deviation
 
     @cached_property
-    def without_elongation(self) -> "PreparedReference":
-        """The reference without the templates that measure the elongation of features."""
-        return replace(self, template=self.template and replace(self.template, elongation=None))
+    def as_guide(self) -> "PreparedReference":
+        """The reference for frames whose elongation does not matter; of uncertain peaks the nearest is taken."""
+        return replace(self, template=self.template and replace(self.template, elongation=None), is_guide=True)
 
     def survey(self, frame: Pixels, valid: ValidPixels | None = None, limit: float = np.inf) -> Survey:
         """Return statistics and bins of a frame, as :meth:`find_peak` needs them."""

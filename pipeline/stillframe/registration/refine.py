@@ -14,8 +14,8 @@ import scipy.special
 
 from stillframe.images.arrays import Float32, Image, Mask, Pixels, Shift
 from stillframe.images.binning import MovedBins, SingleFrame, moved_bins
-from stillframe.images.noise import measure_noise, skewness_allowance
-from stillframe.images.run_lengths import RowRuns, Runs, inside_of
+from stillframe.images.noise import skewness_allowance
+from stillframe.images.run_lengths import RowRuns, Runs
 from stillframe.registration.bin_pass import HiddenBins, bin_pass, hidden_bins
 from stillframe.registration.equations import Parameters, Solution, solve
 from stillframe.registration.estimate import Estimate, estimate_of
@@ -46,11 +46,12 @@ _GUESS_KEPT_PIXELS, _GUESS_KEPT_BINS = 0.97, 0.75
 _LEAST_GAIN, _ALMOST_ALL = 1e-6, 0.999
 """With a smaller fraction of the gain that all pairs give, this fraction of the pairs is kept instead."""
 _GUESS_ROUNDS = 3
-_EMPTY, _FAR_MORE = 0.5, 2.0
-"""Where more bins than this fraction have the lowest value, and the noise of the frame itself is so many times larger,
-outliers are single counts."""
-_COUNTED_PIXELS = 500_000
-"""Number of pixels from which the noise of such a frame is measured."""
+_MOSTLY_EMPTY = 0.5
+"""If a larger fraction of the bins has the lowest value of all, the frame may be one of single counts."""
+_SINGLE_COUNT = 0.25
+"""Quantile of the other bins, above the lowest value, that is a single count: hits are rarer, spots have more."""
+_FAR_MORE = 2.0
+"""The first guess is too small if the noise of such counts is so many times larger."""
 
 
 def refine(
@@ -124,9 +125,7 @@ class _Problem(NamedTuple):
             return start, None
         kept = max(_GUESS_KEPT_PIXELS**self.template.side**2, _GUESS_KEPT_BINS)
         guess = _guess(pairs, kept, self.template.sharpest)
-        if np.mean(pairs[1] == pairs[1].min()) > _EMPTY and _outliers(pairs, guess, self.template).any():
-            guess = self._guess_of_few_counts(pairs, guess)
-        parameters = guess
+        parameters = guess = _with_few_counts(pairs, guess, self.template)
         for _ in range(_MAX_SAMPLE_PASSES):
             solution = self.step(sample, at, bins, parameters)
             if solution is None:
@@ -139,26 +138,6 @@ class _Problem(NamedTuple):
             if nearest != at:
                 at, bins = nearest, self.bins_at(nearest, sample)
         return at, parameters
-
-    def _guess_of_few_counts(self, pairs: Image, guess: Parameters) -> Parameters:
-        """Return a better guess for a frame whose single counts look like outliers; else the guess as it is.
-
-        Where most bins have no count, what is left without the largest residuals has no noise.
-        """
-        grain, values = self.template.grain, self.frame.values
-        half = max(_COUNTED_PIXELS // values.shape[1] // 2, 1)
-        rows = slice(max(len(values) // 2 - half, 0), len(values) // 2 + half)
-        count = measure_noise(values[rows].astype(np.float64), inside_of(self.valid.runs, values.shape)[rows]).gain
-        every = _trimmed_guess(pairs, _ALMOST_ALL, self.template.sharpest)
-        if grain <= 0 or count * every.gain < _FAR_MORE * grain * guess.variance:
-            return guess
-        guess = every
-        for _ in range(_GUESS_ROUNDS):
-            guess = guess._replace(variance=count * guess.gain / grain)
-            fixed, seen, inverse = pairs[:, ~_outliers(pairs, guess, self.template)]
-            gain, offset = _fit_line(fixed, seen, inverse**2)
-            guess = guess._replace(gain=max(gain, 1e-12), offset=offset)
-        return guess
 
     def step(self, support: Support, start: Shift, bins: MovedBins, parameters: Parameters) -> Solution | None:
         """Make one pass over the bins of a support and solve the equations; None where too few bins are left."""
@@ -230,6 +209,29 @@ def _guess(pairs: Image, kept_fraction: float, empty: float) -> Parameters:
     first = _trimmed_guess(pairs, kept_fraction, empty)
     # Where hardly any bin has counts, those are not the outliers.
     return first if first.gain > _LEAST_GAIN * plain else _trimmed_guess(pairs, _ALMOST_ALL, empty)
+
+
+def _with_few_counts(pairs: Image, guess: Parameters, template: Template) -> Parameters:
+    """Return a better guess for a frame whose single counts look like outliers; else the guess as it is.
+
+    Where most bins have no count, those that are left without the largest residuals have no noise.
+    """
+    fixed, values, inverse = pairs
+    lowest = values.min()
+    empty = values == lowest
+    if template.grain <= 0 or empty.mean() <= _MOSTLY_EMPTY or empty.all():
+        return guess
+    count_size = template.side**2 * float(np.quantile(values[~empty] - lowest, _SINGLE_COUNT))
+    of_all = _trimmed_guess(pairs, _ALMOST_ALL, template.sharpest)
+    if count_size * of_all.gain < _FAR_MORE * template.grain * guess.variance:
+        return guess
+    guess = of_all
+    for _ in range(_GUESS_ROUNDS):
+        guess = guess._replace(variance=count_size * guess.gain / template.grain)
+        kept = ~_outliers(pairs, guess, template)
+        gain, offset = _fit_line(fixed[kept], values[kept], inverse[kept] ** 2)
+        guess = guess._replace(gain=max(gain, 1e-12), offset=offset)
+    return guess
 
 
 def _outliers(pairs: Image, guess: Parameters, template: Template) -> Mask:
