@@ -32,6 +32,8 @@ _DECISIVE_SCORE = 2 * _DECISIVE
 """A score of bins is decisive above this many standard deviations of the scores of pure noise."""
 _SELF_SIMILAR = 0.4
 """A reference that scores more than this with itself at another shift may be confused with itself there."""
+_PERIODIC = 0.95
+"""A reference that scores more than this is almost the same at another shift."""
 _SAMPLING_LOSS = 0.05
 """Fraction of a score that sampling at whole pixels may hide."""
 _MISMATCH = 0.3
@@ -140,6 +142,11 @@ def may_be_highest(peak: Peak, highest: Peak) -> bool:
 def self_similar(similarity: float) -> bool:
     """Return whether a reference resembles itself at another shift, as a lattice does (42)."""
     return similarity > _SELF_SIMILAR
+
+
+def periodic(similarity: float) -> bool:
+    """Return whether a reference is almost the same at another shift, as an endless lattice is."""
+    return similarity > _PERIODIC
 
 
 def at_edge(peak: Peak) -> bool:

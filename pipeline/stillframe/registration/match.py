@@ -279,7 +279,7 @@ def _best_candidate(frame: _Frame) -> Record:
         return _refuse(frame, peaks[0], Flag.AT_EDGE if at_edge else _reason_without_pattern(frame))
     undefeated = _undefeated(frame, fitting)
     best = min(undefeated, key=lambda one: float(np.abs(one.estimate.shift).max()))
-    if len(undefeated) > 1 and not frame.reference.is_guide:
+    if len(undefeated) > 1 and not frame.reference.takes_nearest:
         return _refuse(frame, fitting[0].peak, Flag.AMBIGUOUS_PEAK)
     if acceptance.at_edge(best.peak) or acceptance.beyond_window(best.estimate, best.peak):
         return _refuse(frame, best.peak, Flag.AT_EDGE)

@@ -88,7 +88,7 @@ class PreparedReference:
     """Highest score of the reference with itself at another shift, corrected for its noise (42)."""
     corrections: Corrections | None
     """What is done to every recorded frame first."""
-    is_guide: bool = False
+    takes_nearest: bool = False
     """Whether the nearest of several peaks is taken where none is certainly the true one."""
     hidden_bins: HiddenBins = field(default_factory=dict)
     """Sums over the bins that the static mask hides, by shift; filled by the refinement."""
@@ -102,8 +102,9 @@ class PreparedReference:
 
     @cached_property
     def as_guide(self) -> "PreparedReference":
-        """The reference for frames whose elongation does not matter; of uncertain peaks the nearest is taken."""
-        return replace(self, template=self.template and replace(self.template, elongation=None), is_guide=True)
+        """The reference for frames whose elongation does not matter; of a lattice's peaks the nearest is taken."""
+        template = self.template and replace(self.template, elongation=None)
+        return replace(self, template=template, takes_nearest=acceptance.periodic(self.self_similarity))
 
     def survey(self, frame: Pixels, valid: ValidPixels | None = None, limit: float = np.inf) -> Survey:
         """Return statistics and bins of a frame, as :meth:`find_peak` needs them."""
