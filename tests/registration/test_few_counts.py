@@ -21,7 +21,7 @@ def spots(shift, counts):
 
 @pytest.mark.parametrize(("counts", "largest_error"), [(0.03, 0.09), (0.2, 0.04)])
 def test_frames_of_few_counts_are_aligned(counts, largest_error):
-    """Their highest values are not hits, pixels with counts are not hot, and the background stays in the mean.
+    """Single counts are neither hits nor hot pixels, and the background stays in the mean.
 
     Without the background, noise would be misjudged and shifts drawn to whole pixels: errors are twice as large then.
     """
@@ -37,7 +37,7 @@ def test_frames_of_few_counts_are_aligned(counts, largest_error):
 
 @pytest.mark.parametrize("hits", [False, True])
 def test_single_counts_are_no_outliers(hits):
-    """Without most of its counts a frame is drawn to whole pixels, by a fifth of the fraction of a pixel."""
+    """If they were left out as outliers, shifts would be too near to whole pixels, by a fifth of the distance."""
     rng = np.random.default_rng(6)
     image = rng.poisson(16 * spots((0, 0), 0.03)) / 16
     shifts = rng.uniform(-0.5, 0.5, (60, 2))
@@ -51,7 +51,7 @@ def test_single_counts_are_no_outliers(hits):
 
 
 def deviations(matches, shifts):
-    """Errors of good frames, almost all, less their mean, which is the place of the reference; sigma; true shifts."""
+    """Return errors less their mean, sigma and true shifts of the good frames; at most one frame is flagged."""
     good = matches["flag"] == 0
     assert np.count_nonzero(~good) <= 1
     matches, shifts = matches[good], shifts[good]

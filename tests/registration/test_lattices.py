@@ -157,7 +157,7 @@ def test_narrow_spots_on_an_empty_background_reach_the_bound(members, dose, back
 
 
 def test_a_reference_is_made_where_single_frames_do_not_tell_the_period():
-    """Frames of an endless lattice are aligned with their nearest neighbours, and then all are ambiguous."""
+    """The frames of the reference get their nearest shifts. Later frames, with a large window, are ambiguous."""
     scene = Lattice(256, 24, 2.0, 0.0, background=2.0, seed=7)
     frames, _ = scene.frames(16, most=3)
     reference = make_reference(frames, max_shift=32, iterations=3)

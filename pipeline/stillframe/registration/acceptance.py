@@ -145,7 +145,7 @@ def self_similar(similarity: float) -> bool:
 
 
 def periodic(similarity: float) -> bool:
-    """Return whether a reference is almost the same at another shift, as an endless lattice is."""
+    """Return whether a reference looks almost the same after a shift, as an endless lattice does."""
     return similarity > _PERIODIC
 
 

@@ -119,7 +119,7 @@ class AlignedSum:
         return replace(others, total=others.total + np.where(several, lost * others.gains, 0))
 
     def _mean_image(self, observed: Mask) -> Image:
-        """Return the mean less the level, 0 where it was not observed (y, x)."""
+        """Return the mean (y, x) less the level of the template; 0 where nothing was observed."""
         return np.divide(self.total, self.gains, out=np.zeros_like(self.total), where=observed)
 
     @property

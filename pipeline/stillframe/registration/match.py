@@ -97,7 +97,7 @@ def match_frames(array: npt.ArrayLike, reference: Reference, *, masks: npt.Array
 
 
 def match_with_guide(array: npt.ArrayLike, guide: Reference, *, masks: npt.ArrayLike | None = None) -> Matches:
-    """Find the shifts of frames as :func:`match_frames` does, but accept elongated features and uncertain peaks.
+    """Find shifts as :func:`match_frames` does, but accept elongated features, and guess among peaks.
 
     While a reference is made, its guide may be smeared or contain a pattern of the detector. Features of good frames
     then look elongated. It may also be a single frame, too noisy to decide between the peaks of a lattice. Of the peaks
@@ -288,7 +288,7 @@ def _best_candidate(frame: _Frame) -> Record:
 
 
 def _undefeated(frame: _Frame, candidates: list[_Candidate]) -> list[_Candidate]:
-    """Return the candidate that explains the frame best, and all others that are not certainly worse."""
+    """Return the best candidate first, then all others that may be the true one."""
     single, valid, model = frame.surveyed.single, frame.fitted, frame.reference.pixel_model
     best = candidates[0]
     beaten: list[_Candidate] = []

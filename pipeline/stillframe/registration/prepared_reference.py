@@ -102,7 +102,7 @@ class PreparedReference:
 
     @cached_property
     def as_guide(self) -> "PreparedReference":
-        """The reference for frames whose elongation does not matter; of a lattice's peaks the nearest is taken."""
+        """The same for making a reference: elongation is not judged, and of a lattice's peaks the nearest is taken."""
         template = self.template and replace(self.template, elongation=None)
         return replace(self, template=template, takes_nearest=acceptance.periodic(self.self_similarity))
 

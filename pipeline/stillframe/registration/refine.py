@@ -212,9 +212,9 @@ def _guess(pairs: Image, kept_fraction: float, empty: float) -> Parameters:
 
 
 def _with_few_counts(pairs: Image, guess: Parameters, template: Template) -> Parameters:
-    """Return a better guess for a frame whose single counts look like outliers; else the guess as it is.
+    """Return a better guess if the frame has so few counts that single ones look like outliers; else the same guess.
 
-    Where most bins have no count, those that are left without the largest residuals have no noise.
+    The first guess leaves out the largest residuals. Where most bins have no count, only those are left, without noise.
     """
     fixed, values, inverse = pairs
     lowest = values.min()
@@ -235,7 +235,7 @@ def _with_few_counts(pairs: Image, guess: Parameters, template: Template) -> Par
 
 
 def _outliers(pairs: Image, guess: Parameters, template: Template) -> Mask:
-    """Return True for the bins above the upper limit (32) of a guess."""
+    """Return True for the bins that are brighter than a guess allows (32)."""
     fixed, values, inverse = pairs
     expected, prediction = guess.gain * fixed, _prediction(guess, 1.0, template)
     allowed = prediction.skew_above + prediction.tolerance * np.abs(expected - prediction.zero)
